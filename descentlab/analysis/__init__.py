@@ -1,0 +1,1 @@
+"""Paired statistics, planned contrasts and the measures studies report. Imports no torch."""

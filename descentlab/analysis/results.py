@@ -1,0 +1,85 @@
+"""What the analysis needs of a finished study, and how its frame is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import polars as pl
+
+MEASURES = (
+    "step attempt epoch samples virtual_s bytes_sent train_loss train_accuracy lr grad_norm update_norm slot_max "
+    "bn_var_max nonfinite_grads nonfinite_params test_loss test_accuracy wall_s"
+).split()
+IDENTITY = "run cell replicate role case hit_step layer value optimizer".split()
+
+
+class ResultsLike(Protocol):
+    """The part of ``store.Results`` that reports read: plain records and one polars frame."""
+
+    @property
+    def path(self) -> Path | str: ...
+    @property
+    def spec(self) -> Mapping[str, Any]: ...
+    @property
+    def runs(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def status(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def campaign(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def hits(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+    @property
+    def frame(self) -> pl.DataFrame: ...
+
+
+def last_attempts(frame: pl.DataFrame) -> pl.DataFrame:
+    """One row per (run, step): the last attempt, sorted; earlier attempts were rewound and do not count."""
+    return frame.sort("run", "step", "attempt").unique(["run", "step"], keep="last", maintain_order=True)
+
+
+def setting_columns(frame: pl.DataFrame) -> list[str]:
+    """The settings that vary across cells, ``optimizer`` itself apart."""
+    return [name for name in frame.columns if name not in MEASURES and name not in IDENTITY]
+
+
+def cell_settings(frame: pl.DataFrame) -> dict[int, dict[str, Any]]:
+    """Cell index -> its optimizer and the other settings that vary across cells, sorted by cell."""
+    columns = ["cell", "optimizer", *setting_columns(frame)]
+    rows = frame.select(columns).unique(["cell"], keep="first", maintain_order=True).sort("cell")
+    return {int(row.pop("cell")): row for row in rows.to_dicts()}
+
+
+def condition_labels(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    """A short unique name per cell: its optimizer, plus whatever tells cells of one optimizer apart."""
+    labels: dict[int, str] = {}
+    for cell, settings in cells.items():
+        rivals = [other for other in cells.values() if other["optimizer"] == settings["optimizer"]]
+        differing = [key for key in settings if len({str(other[key]) for other in rivals}) > 1]
+        labels[cell] = ",".join([str(settings["optimizer"]), *(f"{key}={settings[key]}" for key in differing)])
+    return labels
+
+
+def planned_pairs(cells: Mapping[int, Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Pairs of cells that differ in the optimizer and agree in every setting that is not the optimizer's own."""
+
+    def surroundings(cell: int) -> tuple[str, ...]:
+        return tuple(f"{k}={v}" for k, v in cells[cell].items() if k.split(".")[0] != "optimizer")
+
+    order = list(cells)
+    return [
+        (first, second)
+        for index, first in enumerate(order)
+        for second in order[index + 1 :]
+        if cells[first]["optimizer"] != cells[second]["optimizer"] and surroundings(first) == surroundings(second)
+    ]
+
+
+def class_count(spec: Mapping[str, Any]) -> int:
+    """Number of classes of the data set: ``classes`` in the spec or its data set, else 10 (every shipped set has 10)."""
+    dataset = spec.get("dataset")
+    nested = dataset.get("classes") if isinstance(dataset, Mapping) else None
+    return int(spec.get("classes") or nested or 10)

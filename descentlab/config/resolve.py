@@ -1,0 +1,288 @@
+"""From a study's name or file and ``key=value`` arguments to validated cells and runs; every mistake found before any run."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..core.errors import UserError, nearest, raise_all
+from . import schema
+from .draft import Draft, Op, grid_ops, ops_of, takes
+from .explain import bad_names, explain
+from .grid import LIMIT, product
+from .identity import cell_key, run_id
+from .overrides import Override, parse_overrides
+from .tree import Run, StudyDef, StudySpec
+from .yaml12 import load_file
+
+_META = ("study", "preset", "size", "grid")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the effective settings; ``axis`` marks the values of a grid axis."""
+
+    key: str
+    value: Any
+    is_default: bool
+    axis: bool = False
+
+    def __iter__(self) -> Any:  # unpacks as (key, value, is_default)
+        return iter((self.key, self.value, self.is_default))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A study with all its settings decided.
+
+    ``document`` is what study.yaml gets: given back as a file, it resolves to the same run ids. ``cells`` are the
+    points of the grid in stable order, ``runs`` the study's plan for them, ``notes`` what the user should know.
+    """
+
+    study: StudyDef
+    document: dict[str, Any]
+    cells: list[StudySpec]
+    runs: list[Run]
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def varying(self) -> list[str]:
+        """Key paths whose values differ between cells that have them, in the order of the settings."""
+        return [key for key, values in self._values().items() if not _all_equal(values)]
+
+    def effective(self) -> list[Setting]:
+        """The settings all cells share, then the grid axes, each with whether the study has it by default."""
+        own, usual = self._table(), _default_table(self.study)
+        options = _option_defaults(self.study, self.cells)
+        rows = []
+        for key, (value, axis) in own.items():
+            default = usual.get(key, (options.get(key), False))
+            rows.append(Setting(key, value, default == (value, axis), axis))
+        return sorted(rows, key=lambda row: row.axis)
+
+    def _values(self) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {}
+        for cell in self.cells:
+            for key, value in schema.flatten(cell).items():
+                out.setdefault(key, []).append(value)
+        return out
+
+    def _table(self) -> dict[str, tuple[Any, bool]]:
+        axes = self.document.get("grid", {})
+        common = {
+            key: (values[0], False)
+            for key, values in self._values().items()
+            if key not in axes and key != "study" and len(values) == len(self.cells) and _all_equal(values)
+        }
+        preset = {"preset": (self.document["preset"], False)} if self.study.presets else {}
+        return preset | common | {key: (values, True) for key, values in axes.items()}
+
+
+def resolve(study: str | Path, overrides: Sequence[str] = (), *, limit: int = LIMIT) -> Resolved:
+    """Decide every setting of a study.
+
+    ``study`` is a shipped name, ``module:Name`` or a YAML file with a ``study:`` key; ``overrides`` are ``key=value``
+    arguments; ``limit`` is the largest number of cells.
+
+    Raises:
+        UserError: for one mistake; UserErrors, one line each, for several.
+    """
+    reference, layer = _open(study)
+    definition: StudyDef = _studies().find(reference)
+    return _resolve(reference, definition, layer, parse_overrides(overrides), limit)
+
+
+def _studies() -> Any:
+    # By name, as for third parties' studies: studies are written on top of these settings, not the other way round.
+    return importlib.import_module("descentlab.studies.registry")
+
+
+def _open(study: str | Path) -> tuple[str, dict[str, Any]]:
+    """The name of the study and the settings of its file, if it is one."""
+    path = Path(study)
+    name = str(study)
+    if isinstance(study, str) and path.suffix.lower() not in (".yaml", ".yml") and not path.is_file():
+        return name, {}
+    layer = load_file(path)
+    if not isinstance(layer, dict) or not isinstance(layer.get("study"), str):
+        raise UserError("file", name, "settings with a 'study:' key, such as study: recovery")
+    return layer.pop("study"), layer
+
+
+def _resolve(
+    reference: str, definition: StudyDef, layer: dict[str, Any], given: Sequence[Override], limit: int
+) -> Resolved:
+    draft, preset, size = _lay(definition, layer, given)
+    points = product(draft.axes, limit)
+    cells = _cells(draft, points, size, definition)
+    first: dict[str, StudySpec] = {}
+    for cell in cells:
+        first.setdefault(cell_key(cell), cell)
+    distinct = list(first.values())
+    if len(distinct) < len(cells):
+        draft.notes.append(f"{len(cells) - len(distinct)} of {len(cells)} cells repeat another and are run once")
+    runs = [
+        Run(run_id(distinct[index], replicate, role, labels), index, replicate, role, labels)
+        for index, replicate, role, labels in definition.plan(distinct)
+    ]
+    assert len({run.id for run in runs}) == len(runs), f"the plan of study {definition.name} repeats a run"
+    document = {"study": reference, "preset": preset, "size": size, **_ordered(definition.spec, draft.base)}
+    if draft.axes:
+        document["grid"] = {".".join(path): values for path, values in draft.axes.items()}
+    return Resolved(definition, document, distinct, runs, draft.notes)
+
+
+def _lay(definition: StudyDef, layer: dict[str, Any], given: Sequence[Override]) -> tuple[Draft, str, str]:
+    """Lay all layers over each other; returns the draft and the names of preset and size."""
+    errors: list[UserError] = []
+    meta = {o.key: o for o in given if o.path[0] in _META}
+    for key, override in meta.items():
+        if key not in ("preset", "size"):
+            errors.append(_meta_error(override))
+    preset = _choice("preset", definition.presets, layer, meta, errors)
+    size = _choice("size", definition.sizes, layer, meta, errors)
+    chosen = definition.presets.get(preset, {})
+    draft = Draft(definition.spec, {**definition.options, **chosen.get("options", {})})
+    shipped = _layer_ops(chosen, errors), _layer_ops(definition.sizes.get(size, {}), errors)
+    for ops in shipped:
+        errors += draft.apply(ops)
+    own = _layer_ops(layer, errors)
+    twice = {op.key for op in own if op.axis} & {op.key for op in own if not op.axis}
+    errors += [UserError(key, "a value and a grid", "one of the two") for key in sorted(twice)]
+    errors += draft.apply(own, reorder=True)
+    typed = [op for o in given if o.path[0] not in _META for op in _override_ops(o)]
+    errors += draft.apply(typed, say=True)
+    for key, ops in zip(("preset", "size"), shipped, strict=True):
+        if key in meta:
+            draft.notes += _kept(meta[key], ops, own)
+    if errors:  # what is left may hold more of them: say all at once
+        raise_all([*errors, *_cell_errors(draft, size, definition)])
+    return draft, preset, size
+
+
+def _layer_ops(layer: Mapping[str, Any], errors: list[UserError]) -> list[Op]:
+    settings = {key: value for key, value in layer.items() if key not in (*_META, "options")}
+    ops = ops_of(settings)
+    try:
+        return ops + grid_ops(layer.get("grid") or {})
+    except UserError as error:
+        errors.append(error)
+        return ops
+
+
+def _override_ops(override: Override) -> list[Op]:
+    if override.widens:
+        return [Op(override.path, tuple(schema.plain(override.values)), axis=True)]
+    value = override.values[0]
+    if isinstance(value, Mapping) and value and "name" not in value:
+        return ops_of(value, override.path)
+    return [Op(override.path, (schema.plain(value),))]
+
+
+def _meta_error(override: Override) -> UserError:
+    if override.path[0] == "grid":
+        return UserError(override.key, override.text, "no grid key here", hint="write key=value1,value2")
+    if override.path[0] == "study":
+        return UserError(override.key, override.text, "the study before the settings: descentlab run STUDY key=value")
+    return UserError(override.key, override.text, f"no key below {override.path[0]}, which is a single value")
+
+
+def _choice(
+    key: str,
+    known: Mapping[str, Any],
+    layer: Mapping[str, Any],
+    meta: Mapping[str, Override],
+    errors: list[UserError],
+) -> str:
+    """The preset or size asked for, on the command line or in the file."""
+    value = layer.get(key, "default")
+    if key in meta:
+        value = meta[key].values[0] if not meta[key].widens else list(meta[key].values)
+    if value == "default" or (isinstance(value, str) and value in known):
+        return value
+    names = sorted({"default", *known})
+    errors.append(UserError(key, value, f"one of {', '.join(names)}", hint=nearest(str(value), names)))
+    return "default"
+
+
+def _kept(asked: Override, ops: Iterable[Op], own: Iterable[Op]) -> list[str]:
+    """Notes on what a preset or size asked for on the command line does not change, because the file sets it."""
+    in_file = {op.path: op for op in own}
+    held = [f"{op.key} = {in_file[op.path].shown}" for op in ops if op.path in in_file and in_file[op.path] != op]
+    return [f"{asked.key}={asked.text} does not change what the file sets: {', '.join(held)}"] if held else []
+
+
+def _documents(draft: Draft, points: Iterable[Mapping[tuple[str, ...], Any]], size: str) -> list[dict[str, Any]]:
+    """The nested settings of each cell."""
+    documents = []
+    for point in points:
+        document: dict[str, Any] = {"size": size, **copy.deepcopy(draft.base)}
+        for path in sorted(point, key=len):  # blocks before what lies inside them
+            if takes(draft.spec, document, path):
+                draft.assign(document, path, point[path])
+        documents.append(document)
+    return documents
+
+
+def _validated(document: dict[str, Any], definition: StudyDef) -> tuple[StudySpec | None, list[UserError]]:
+    errors = bad_names(definition.spec, document)
+    try:
+        cell = definition.spec.model_validate(document)
+        if not errors:
+            definition.check(cell)
+    except ValidationError as error:
+        return None, errors + explain(error, definition.spec, document)
+    except UserError as error:
+        return None, [*errors, error]
+    return cell, errors
+
+
+def _cells(
+    draft: Draft, points: Iterable[Mapping[tuple[str, ...], Any]], size: str, definition: StudyDef
+) -> list[StudySpec]:
+    checked = [_validated(document, definition) for document in _documents(draft, points, size)]
+    raise_all(error for _, errors in checked for error in errors)
+    return [cell for cell, _ in checked if cell is not None]
+
+
+def _cell_errors(draft: Draft, size: str, definition: StudyDef) -> list[UserError]:
+    """Mistakes in the cells of a draft that already has some; a grid beyond the limit is not looked through."""
+    try:
+        points = product(draft.axes)
+    except UserError as error:
+        return [error]
+    return [e for document in _documents(draft, points, size) for e in _validated(document, definition)[1]]
+
+
+def _ordered(spec: type[StudySpec], base: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: base[key] for key in spec.model_fields if key in base}
+
+
+def _all_equal(values: Sequence[Any]) -> bool:
+    return all(value == values[0] for value in values[1:])
+
+
+def _default_table(definition: StudyDef) -> dict[str, tuple[Any, bool]]:
+    return _resolve(definition.name, definition, {}, [], LIMIT)._table()
+
+
+def _option_defaults(definition: StudyDef, cells: Sequence[StudySpec]) -> dict[str, Any]:
+    """What each option named in ``cells`` holds when only its name is given."""
+    draft = Draft(definition.spec, definition.options)
+    out: dict[str, Any] = {}
+    for cell in cells:
+        for key in definition.spec.model_fields:
+            value = getattr(cell, key)
+            spec_field = definition.spec.model_fields[key]
+            registry = schema.registry_of(spec_field)
+            if registry and ":" not in str(value.name):
+                block = registry.parse(draft.option((key,), registry, value.name))
+                out.update({f"{key}.{k}": v for k, v in schema.flatten(block).items()})
+    return out

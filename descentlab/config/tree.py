@@ -1,0 +1,66 @@
+"""The settings every study shares, and what a study declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from ..core.specs import Spec, extent
+from ..observe.specs import Observe
+from ..optim.specs import Adam, Constant, LrSchedule, Optimizer
+from ..workloads.specs import Dataset, Mlp, Mnist5k, Model
+
+
+class StudySpec(Spec):
+    """One cell of a study's grid: everything that is fixed but the replicate."""
+
+    study: str
+    seed: NonNegativeInt = 0
+    size: Literal["quick", "default", "full"] = extent("default")
+    device: str = extent(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="one of auto, cpu, cuda, cuda:N, mps"
+    )
+    processes: NonNegativeInt = extent(0, description="worker processes; 0 = one per core")
+    dtype: Literal["float32", "float64"] = "float32"
+    dataset: Dataset = Mnist5k()
+    model: Model = Mlp()
+    optimizer: Optimizer = Adam()
+    schedule: LrSchedule = Constant()
+    batch_size: PositiveInt = 64
+    observe: Observe = Observe()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration, one replicate, one role: the unit of identity, storage and resume."""
+
+    id: str
+    cell: int  # index into the resolved study's cells
+    replicate: int
+    role: str  # "fault" | "twin" | "plain"
+    labels: dict[str, Any] = field(default_factory=dict)  # further config columns of the table
+
+
+@dataclass(frozen=True)
+class StudyDef:
+    """What a study declares: settings, presets, sizes, per-option defaults and default grid; all plain data.
+
+    ``presets[p]`` and ``sizes[s]`` are nested settings (they may hold a ``grid``: key path -> list of values).
+    ``options["optimizer"]["adam"]`` are the defaults that ``optimizer=adam`` means *in this study*; a preset may
+    carry its own ``options`` under the same key. ``module`` names the module with ``runs`` (cells -> list of Run),
+    ``blocks`` and ``report``; it is imported only when something runs.
+    """
+
+    name: str
+    question: str
+    spec: type[StudySpec]
+    presets: dict[str, dict[str, Any]]
+    sizes: dict[str, dict[str, Any]]
+    plan: Callable[[Sequence[Any]], list[tuple[int, int, str, dict[str, Any]]]]  # cells -> (cell, replicate, role, labels)
+    check: Callable[[Any], None] = lambda cell: None  # cross-field checks of one cell; raises UserError
+    options: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    module: str = ""
+    report: str = ""  # "package.module:function" taking store.Results, returning report.Report

@@ -1,0 +1,214 @@
+"""The seams: what each room promises to the engine. Everything here is abstract; a class is abstract or final."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .opmode import OpRecord, Ops, Site
+from .state import State
+from .streams import Streams
+from .tree import Tree
+
+
+@dataclass
+class Batch:
+    """``x`` ``[M, B, …]``, ``y`` ``[M, B, …]``."""
+
+    x: Tensor
+    y: Tensor
+
+    def take(self, members: Sequence[int]) -> Batch:
+        return Batch(self.x[list(members)], self.y[list(members)])
+
+
+@dataclass
+class Grads:
+    """What one worker's work gives: gradients ``[M, …]``, the buffers after it ``[M, …]``, loss and accuracy ``[M]``."""
+
+    grads: Tree
+    buffers: Tree
+    loss: Tensor
+    accuracy: Tensor
+
+
+class Work(Protocol):
+    """The worker half of a step: gradients at the weights of ``view`` on ``batch``; changes nothing in ``view``."""
+
+    def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads: ...
+
+    def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss (nats) and accuracy of every member ``[M]`` on one shared set, in evaluation mode."""
+        ...
+
+
+class Apply(Protocol):
+    """The server half of a step: one update of ``state`` in place, at per-member learning rates ``lr`` ``[M]``."""
+
+    def apply(self, state: State, grads: Tree, lr: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A perturbation decided before training: no weight is needed, so every optimizer meets the same one.
+
+    ``site`` says where, ``index`` which flat elements (torch's logical order), ``rule`` what happens to them
+    (``{"kind": "value", "value": v}``), ``step`` and ``worker`` when and on whom.
+    """
+
+    case: int
+    step: int
+    site: Site
+    index: tuple[int, ...]
+    rule: Mapping[str, Any]
+    shape: tuple[int, ...]
+    worker: int = 0
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A realised perturbation: the elements before and after, as they stood in memory."""
+
+    planned: Planned
+    old: tuple[float, ...]
+    new: tuple[float, ...]
+
+
+class Perturbation(Protocol):
+    """Something that goes wrong inside one step."""
+
+    def plan(
+        self, case: int, ops: Sequence[OpRecord], streams: Streams, *, replicate: int, steps_per_epoch: int
+    ) -> Planned: ...
+
+    def realise(self, planned: Planned, hits: list[Hit], *, attempt: int) -> Ops:
+        """The edits for one work step; appends to ``hits`` when they fire. A transient fires only at attempt 0."""
+        ...
+
+
+class Arm(Protocol):
+    """A recovery arm: ``check`` says per member whether something is wrong, ``act`` what to do about it."""
+
+    def check(self, before: State, grads: Grads, after: State) -> Tensor: ...
+
+    def act(self, state: State, members: Sequence[int]) -> str: ...
+
+
+@dataclass
+class Measured:
+    """What an observable may look at after one update; fields it did not ask for in ``needs`` may be None."""
+
+    state: State
+    grads: Tree
+    loss: Tensor
+    accuracy: Tensor
+    lr: Tensor
+    before: Tree | None
+    evaluate: Callable[[], tuple[Tensor, Tensor]] | None
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """A measurement reduced as it is made: ``measure`` gives one number per member, by column name.
+
+    ``needs``: subset of {"loss", "grad", "update", "eval"}; the engine computes each need once for all observables.
+    """
+
+    name: str
+    needs: frozenset[str]
+
+    def measure(self, m: Measured) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A collective: the mean over the participating workers of ``tensor`` ``[M, K, …]``; the answer is ``[M, …]``."""
+
+    tensor: Tensor
+
+    @property
+    def bytes_per_worker(self) -> int:
+        """Payload one worker sends for one member."""
+        members, workers = self.tensor.shape[:2]
+        return self.tensor.numel() // (members * workers) * self.tensor.element_size()
+
+
+Exchange = Generator[Mean, Tensor, tuple[Tree, Tree, Tree]]
+
+
+class Compressor(Protocol):
+    """Communication happens inside compression, so ``exchange`` is a coroutine that yields collectives.
+
+    The engine answers each with the mean; in lockstep over the W axis, with processes by an all-reduce in one fixed
+    order, with a parameter server by a send. Link models and the byte count sit at each yield.
+    """
+
+    def start(self, params: Tree, workers: int, streams: Streams, replicates: np.ndarray) -> tuple[Tree, Tree]:
+        """Fresh (per-worker memory ``[M, W, …]``, shared memory ``[M, …]``); both may be empty."""
+        ...
+
+    def exchange(self, grads: Tree, memory: Tree, shared: Tree) -> Exchange:
+        """Yields collectives; returns (averaged gradient ``[M, …]``, new memory ``[M, K, …]``, new shared)."""
+        ...
+
+    def resize(self, shared: Tree, rank: int, streams: Streams) -> Tree: ...
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One server update: which ``workers`` contribute, the version each had read, and the virtual time it is applied."""
+
+    workers: tuple[int, ...]
+    versions: tuple[int, ...]
+    time_s: float
+
+    def staleness(self, step: int) -> tuple[int, ...]:
+        return tuple(step - v for v in self.versions)
+
+
+class Timeline(Protocol):
+    """Delay laws that ignore the weights are a table computed ahead: ``ticks`` gives one Tick per server update."""
+
+    def ticks(self, workers: int, steps: int, streams: Streams, replicate: int) -> list[Tick]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of a study's DAG. ``kind``: train | evaluate | choose | derive; ``inputs`` are keys of other stages.
+
+    ``fork`` > 1 means that many continuations of one state. The key is a hash of (spec, input keys, semantics), so a
+    changed setting reruns what depends on it and nothing else.
+    """
+
+    name: str
+    kind: str
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    fork: int = 1
+    semantics: int = 1
+
+    @property
+    def key(self) -> str:
+        import hashlib
+        import json
+
+        text = json.dumps([self.name, self.kind, self.spec, self.inputs, self.fork, self.semantics], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class ModuleMaker(Protocol):
+    """Builds a fresh ``nn.Module``; randomness comes from torch's generator, which the caller has seeded and isolated."""
+
+    def __call__(self) -> nn.Module: ...
+
+
+def isolated_init(make: ModuleMaker, seed: int, dtype: torch.dtype) -> nn.Module:
+    """``make()`` under a private torch seed; the global generator is left as it was found."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().to(dtype)

@@ -1,0 +1,76 @@
+"""Arithmetic on trees: nested dicts of tensors, usually with a leading member axis M."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Any]  # str -> Tensor | Tree
+
+
+def tree_map(f: Callable[..., Tensor], tree: Mapping[str, Any], *rest: Mapping[str, Any]) -> Tree:
+    """``f`` on every leaf of ``tree`` (and the leaves at the same places of ``rest``); same structure."""
+    return {
+        k: tree_map(f, v, *(r[k] for r in rest)) if isinstance(v, Mapping) else f(v, *(r[k] for r in rest))
+        for k, v in tree.items()
+    }
+
+
+def leaves(tree: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Every tensor of the tree, in insertion order."""
+    for value in tree.values():
+        if isinstance(value, Mapping):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+def clone(tree: Mapping[str, Any]) -> Tree:
+    """A copy that shares no memory."""
+    return tree_map(lambda t: t.detach().clone(), tree)
+
+
+def take(tree: Mapping[str, Any], members: Sequence[int]) -> Tree:
+    """Copies of the given members, ``[len(members), …]``."""
+    return tree_map(lambda t: t[list(members)].clone(), tree)
+
+
+def put(tree: Mapping[str, Any], members: Sequence[int], part: Mapping[str, Any]) -> None:
+    """Write ``part`` ``[len(members), …]`` into ``tree`` at ``members``, in place."""
+    index = list(members)
+
+    def write(t: Tensor, p: Tensor) -> Tensor:
+        t[index] = p.to(t.dtype)
+        return t
+
+    tree_map(write, tree, part)
+
+
+def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
+    """Single-member trees (no member axis) to one tree ``[M, …]``."""
+    return tree_map(lambda *ts: torch.stack([t.detach() for t in ts]), trees[0], *trees[1:])
+
+
+def cat(trees: Sequence[Mapping[str, Any]]) -> Tree:
+    """Trees ``[M_i, …]`` to one tree ``[sum M_i, …]``."""
+    return tree_map(lambda *ts: torch.cat(ts), trees[0], *trees[1:])
+
+
+def member_norm(tree: Mapping[str, Any]) -> Tensor:
+    """Euclidean norm over all leaves, per member: float64 ``[M]`` (float64 so that 1e30 does not overflow)."""
+    squares = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in leaves(tree)]
+    return torch.linalg.vector_norm(torch.stack(squares), dim=0)
+
+
+def member_max_abs(tree: Mapping[str, Any]) -> Tensor:
+    """Largest absolute value over all leaves, per member: float64 ``[M]``; NaN wins, so it is never hidden."""
+    tops = [t.flatten(1).abs().amax(dim=1).double() for t in leaves(tree)]
+    return torch.stack(tops).amax(dim=0)
+
+
+def member_nonfinite(tree: Mapping[str, Any]) -> Tensor:
+    """Number of NaN and Inf elements, per member: int64 ``[M]``."""
+    return torch.stack([(~torch.isfinite(t)).flatten(1).sum(dim=1) for t in leaves(tree)]).sum(dim=0)

@@ -1,0 +1,317 @@
+"""The loop all engines share: fork, draw, work, exchange, apply, measure. One turn = one server update.
+
+Engines differ in one thing, which versions of the weights the workers of an update had read; see
+:mod:`descentlab.engine.lockstep` and :mod:`descentlab.engine.virtual`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.opmode import OpRecord, Ops
+from ..core.protocols import Apply, Batch, Compressor, Grads, Hit, Mean, Measured, Observable, Perturbation, Work
+from ..core.state import State
+from ..core.streams import Streams
+from ..core.tree import Tree, cat, clone, stack, tree_map
+from .program import BlockPlan, Slot, parents
+from .recorder import Recorder
+
+
+class Sampler(Protocol):
+    """Which samples the ``positions``-th batch of a worker holds."""
+
+    batch_size: int
+    steps_per_epoch: int
+
+    def indices(self, replicates: np.ndarray, workers: np.ndarray, positions: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass
+class Parts:
+    """Everything a block needs, built from its settings; the engine reaches every room through these protocols only."""
+
+    many: Work
+    single: Work
+    optimizer: Apply
+    compressor: Compressor
+    perturbation: Perturbation | None
+    sampler: Sampler
+    streams: Streams
+    schedule: Callable[[float, int], float]
+    observables: Sequence[Observable]
+    on_schedule: Sequence[Observable]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    fresh: Callable[[int], tuple[Tree, Tree]]  # replicate -> (params, buffers) of one member, without the M axis
+    operations: Sequence[OpRecord] = ()
+    workers: int = 1
+    every: int = 1
+    evaluate_every: int = 10
+
+
+@dataclass
+class Round:
+    """One server update: contributing workers ``[M, K]`` and the versions they had read ``[M, K]``; its virtual time."""
+
+    workers: np.ndarray
+    versions: np.ndarray
+    time_s: np.ndarray
+
+
+@dataclass
+class Progress:
+    """Where a block stands after an update."""
+
+    step: int
+    member_steps: int
+    recorder: Recorder
+    state: State
+
+
+@dataclass
+class Engine(ABC):
+    """Runs one block. ``state`` and ``step`` are all that a checkpoint has to hold beside the plan."""
+
+    plan: BlockPlan
+    parts: Parts
+    state: State = field(default=None)  # type: ignore[assignment]
+    step: int = 0
+    recorder: Recorder = field(default_factory=Recorder)
+
+    def __post_init__(self) -> None:
+        self.slots = self.plan.slots(self.step)
+        if self.state is None:
+            self.state = self.initial_state()
+        needs: set[str] = set().union(*(o.needs for o in self.parts.observables))
+        self._keep_before = "update" in needs
+
+    def initial_state(self) -> State:
+        """Members in slot order, each initialised from its replicate's stream."""
+        fresh = [self.parts.fresh(slot.replicate) for slot in self.slots]
+        params, buffers = stack([p for p, _ in fresh]), stack([b for _, b in fresh])
+        state = State.start(params, buffers)
+        members, workers = len(self.slots), self.parts.workers
+        memory, shared = self.parts.compressor.start(params, workers, self.parts.streams, self.replicates)
+        worker: Tree = {"cursor": torch.zeros(members, workers, dtype=torch.int64), "memory": memory}
+        if workers > 1:
+            worker["buffers"] = tree_map(lambda b: b.unsqueeze(1).repeat(1, workers, *[1] * (b.dim() - 1)), buffers)
+        return State(state.server, worker, shared, state.clock)
+
+    @property
+    def replicates(self) -> np.ndarray:
+        return np.array([slot.replicate for slot in self.slots], dtype=np.int64)
+
+    @abstractmethod
+    def round(self) -> Round:
+        """Who contributes to update ``self.step``, at which versions."""
+
+    @abstractmethod
+    def view(self, versions: np.ndarray) -> Tree:
+        """The parameters ``[M, …]`` of the given version of each member ``[M]``."""
+
+    def after_update(self) -> None:
+        """Called when the parameters have moved to version ``self.step + 1``."""
+
+    def on_fork(self, chosen: Sequence[int]) -> None:
+        """Called when the members became copies of the ``chosen`` old ones."""
+
+    def run(self) -> Iterator[Progress]:
+        """One item per update, until every run has stopped."""
+        while self.step < self.plan.stop:
+            self._fork()
+            yield self._update()
+
+    def _fork(self) -> None:
+        slots = self.plan.slots(self.step)
+        if slots != self.slots:
+            chosen = parents(self.slots, slots)
+            self.slots, self.state = slots, self.state.take(chosen)
+            self.on_fork(chosen)
+
+    def _update(self) -> Progress:
+        state, now = self.state, self.round()
+        contributions = [self._work(now, k) for k in range(now.workers.shape[1])]
+        before = clone(state.params) if self._keep_before else None
+        grads = self._exchange(now, [g.grads for g in contributions])
+        lr = self._rates()
+        self.parts.optimizer.apply(state, grads, lr)
+        self._put_buffers(now, [g.buffers for g in contributions])
+        self.after_update()
+        loss = torch.stack([g.loss for g in contributions]).mean(0)
+        accuracy = torch.stack([g.accuracy for g in contributions]).mean(0)
+        self._advance(now)
+        self._record(Measured(state, grads, loss, accuracy, lr, before, None))
+        self.step += 1
+        return Progress(self.step, len(self.slots), self.recorder, state)
+
+    def _rates(self) -> Tensor:
+        steps = self.state.opt_step.tolist()
+        rates = [self.parts.schedule(slot.lr, step) for slot, step in zip(self.slots, steps, strict=True)]
+        return torch.tensor(rates, dtype=torch.float64)
+
+    def _work(self, now: Round, k: int) -> Grads:
+        """The k-th contribution of every member; members whose hit is due take the single-member route."""
+        state, workers = self.state, now.workers[:, k]
+        rows = torch.arange(len(self.slots))
+        cursor = state.worker["cursor"][rows, torch.from_numpy(workers)].numpy()
+        index = torch.from_numpy(self.parts.sampler.indices(self.replicates, workers, cursor))
+        x, y = self.parts.train
+        batch = Batch(x[index], y[index])
+        buffers = state.buffers
+        if "buffers" in state.worker:
+            at = torch.from_numpy(workers)
+            buffers = tree_map(lambda b: b[rows, at], state.worker["buffers"])
+        view = State({**state.server, "params": self.view(now.versions[:, k]), "buffers": buffers})
+        masks = self._masks(workers, cursor)
+        due = [m for m, slot in enumerate(self.slots) if self._due(slot, int(workers[m]))]
+        if not due:
+            return self.parts.many.work(view, batch, Ops(masks=masks) if masks else None)
+        return self._work_split(view, batch, masks, due)
+
+    def _due(self, slot: Slot, worker: int) -> bool:
+        planned = slot.planned_at(self.step)
+        return planned is not None and planned.worker == worker
+
+    def _work_split(self, view: State, batch: Batch, masks: dict, due: list[int]) -> Grads:
+        rest = [m for m in range(len(self.slots)) if m not in due]
+        groups = [[m] for m in due] + ([rest] if rest else [])
+        results = []
+        for members in groups:
+            work = self.parts.many if members is rest else self.parts.single
+            part = {k: mask[members] for k, mask in masks.items()}
+            ops = Ops(self._edits(members[0]) if members is not rest else {}, part)
+            needed = ops if ops.edits or ops.masks else None
+            results.append(work.work(view.take(members), batch.take(members), needed))
+        order = torch.argsort(torch.tensor([m for members in groups for m in members]))
+        joined = Grads(
+            cat([g.grads for g in results]),
+            cat([g.buffers for g in results]),
+            torch.cat([g.loss for g in results]),
+            torch.cat([g.accuracy for g in results]),
+        )
+        pick = order.tolist()
+        return Grads(
+            tree_map(lambda t: t[pick], joined.grads),
+            tree_map(lambda t: t[pick], joined.buffers),
+            joined.loss[pick],
+            joined.accuracy[pick],
+        )
+
+    def _edits(self, m: int) -> dict:
+        """The edit of a perturbed member; for its twin the identity at the same site, so both take the same route."""
+        slot = self.slots[m]
+        planned = slot.planned_at(self.step)
+        assert planned is not None and self.parts.perturbation is not None
+        if not slot.runs[0].perturbed:
+            return {planned.site: lambda x: x}
+        hits: list[Hit] = []
+        attempt = int(self.state.clock["attempt"][m])
+        ops = self.parts.perturbation.realise(planned, hits, attempt=attempt)
+
+        def recorded(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def apply(x: Tensor) -> Tensor:
+                out = edit(x)
+                self.recorder.hit(slot, hits[-1])
+                return out
+
+            return apply
+
+        return {site: recorded(edit) for site, edit in ops.edits.items()}
+
+    def _masks(self, workers: np.ndarray, cursor: np.ndarray) -> dict[tuple[str, int], Tensor]:
+        """Keep masks of every dropout site, drawn from the streams: ``[M, B, …]``."""
+        masks = {}
+        for record in self.parts.operations:
+            if record.kind == "dropout":
+                n = int(np.prod(record.a))
+                purpose = f"dropout/{record.layer}/{record.call}"
+                u = self.parts.streams.uniform(purpose, n, replicate=self.replicates, worker=workers, step=cursor)
+                keep = torch.from_numpy(u >= record.p).view(len(self.slots), *record.a)
+                masks[record.layer, record.call] = keep.to(self.parts.train[0].device)
+        return masks
+
+    def _exchange(self, now: Round, grads: list[Tree]) -> Tree:
+        """Drive the compressor's coroutine: the mean over the K contributions answers each collective."""
+        state, k = self.state, len(grads)
+        stacked = {n: torch.stack([g[n] for g in grads], dim=1) for n in grads[0]}
+        rows, at = torch.arange(len(self.slots)).unsqueeze(1), torch.from_numpy(now.workers)
+        memory = tree_map(lambda t: t[rows, at], state.worker["memory"])
+        exchange = self.parts.compressor.exchange(stacked, memory, state.shared)
+        sent = 0
+        answer: Any = None
+        while True:
+            try:
+                request = exchange.send(answer)
+            except StopIteration as stop:
+                mean, memory, shared = stop.value
+                break
+            assert isinstance(request, Mean)
+            sent += request.bytes_per_worker * k if self.parts.workers > 1 else 0
+            answer = request.tensor.mean(1) if k > 1 else request.tensor.squeeze(1)
+
+        def write(t: Tensor, new: Tensor) -> Tensor:
+            t[rows, at] = new
+            return t
+
+        tree_map(write, state.worker["memory"], memory)
+        tree_map(lambda t, new: t.copy_(new), state.shared, shared)
+        state.clock["bytes_sent"].add_(sent)
+        return mean
+
+    def _put_buffers(self, now: Round, buffers: list[Tree]) -> None:
+        """Workers keep their own BatchNorm buffers; the server's are their average, used for evaluation."""
+        state = self.state
+        if "buffers" not in state.worker:
+            tree_map(lambda t, new: t.copy_(new), state.buffers, buffers[0])
+            return
+        rows = torch.arange(len(self.slots))
+        for k, new in enumerate(buffers):
+            at = torch.from_numpy(now.workers[:, k])
+            for name, value in new.items():
+                state.worker["buffers"][name][rows, at] = value
+        for name, value in state.worker["buffers"].items():
+            mean = value.mean(1) if value.is_floating_point() else value.amax(1)
+            state.buffers[name].copy_(mean)
+
+    def _advance(self, now: Round) -> None:
+        clock, k = self.state.clock, now.workers.shape[1]
+        rows = torch.arange(len(self.slots)).unsqueeze(1)
+        self.state.worker["cursor"][rows, torch.from_numpy(now.workers)] += 1
+        clock["step"].add_(1)
+        clock["samples"].add_(k * self.parts.sampler.batch_size)
+        clock["virtual_s"].copy_(torch.from_numpy(now.time_s))
+        epoch_samples = self.parts.sampler.steps_per_epoch * self.parts.sampler.batch_size
+        clock["epoch"].copy_((clock["samples"] - 1) // epoch_samples)
+
+    def _record(self, m: Measured) -> None:
+        """One row per run on the per-step schedule; scheduled observables only for the members due."""
+        due = [i for i, slot in enumerate(self.slots) if self._evaluation_due(slot)]
+        scheduled: dict[str, dict[int, float]] = {}
+        if due:
+            part = self.state.take(due)
+            x, y = self.parts.test
+            look = Measured(part, {}, m.loss, m.accuracy, m.lr, None, lambda: self.parts.many.evaluate(part, x, y))
+            for observable in self.parts.on_schedule:
+                for name, values in observable.measure(look).items():
+                    scheduled[name] = dict(zip(due, values.tolist(), strict=True))
+        if self.step % self.parts.every and not due:
+            return
+        clock = self.state.clock
+        row = {k: clock[k] for k in ("attempt", "epoch", "samples", "virtual_s", "bytes_sent")}
+        row["step"] = torch.full_like(clock["step"], self.step)
+        for observable in self.parts.observables:
+            row.update(observable.measure(m))
+        self.recorder.rows(self.slots, row, scheduled)
+
+    def _evaluation_due(self, slot: Slot) -> bool:
+        every, step = self.parts.evaluate_every, self.step
+        return any(
+            step == run.stop - 1 or (every > 0 and (step - run.anchor) % every == 0) for run in slot.runs
+        )

@@ -1,0 +1,106 @@
+"""What a block is to do, decided before it starts: its runs, who shares a member until when, and by which route."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..core.protocols import Planned
+
+Route = Literal["vmap", "member"]
+MEMBERS_PER_BLOCK: dict[Route, int] = {"vmap": 250, "member": 5}
+
+
+def choose_route(*, device: str, has_convolution: bool, module_is_vmappable: bool = True) -> Route:
+    """The stated rule: vectorise, except convolutions on a CPU, which run member by member over a process pool.
+
+    The rule looks at settings only, never at a clock, so every machine makes the same choice.
+    """
+    if not module_is_vmappable or (device == "cpu" and has_convolution):
+        return "member"
+    return "vmap"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run as the engine sees it.
+
+    ``planned`` is the perturbation it meets; a twin carries the same one with ``perturbed`` False, so that it takes
+    the same route on the hit step. ``stop`` counts updates. Evaluations happen at ``anchor`` plus multiples of the
+    study's interval, and after the last update.
+    """
+
+    id: str
+    replicate: int
+    stop: int
+    lr: float
+    planned: Planned | None = None
+    perturbed: bool = False
+    anchor: int = 0
+
+    def forks_at(self) -> int | None:
+        """The first step at which this run differs from its twin."""
+        return self.planned.step if self.planned is not None and self.perturbed else None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One member of the ensemble: the runs it carries (several only while they are the same trajectory)."""
+
+    runs: tuple[RunPlan, ...]
+
+    @property
+    def replicate(self) -> int:
+        return self.runs[0].replicate
+
+    @property
+    def lr(self) -> float:
+        return self.runs[0].lr
+
+    def planned_at(self, step: int) -> Planned | None:
+        """The perturbation planned for this step, whether this member meets it or is the twin of one that does."""
+        p = self.runs[0].planned
+        return p if p is not None and p.step == step else None
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Runs that are executed, checkpointed and resumed together. ``cell`` names their common settings."""
+
+    key: str
+    cell: int
+    route: Route
+    runs: tuple[RunPlan, ...]
+    share_prefix: bool = True
+
+    @property
+    def stop(self) -> int:
+        return max(r.stop for r in self.runs)
+
+    def slots(self, step: int) -> tuple[Slot, ...]:
+        """The ensemble's members at ``step``: a pure function of the plan, so a resumed block rebuilds it.
+
+        Runs of one replicate and learning rate share a member until the first of them meets its perturbation.
+        """
+        groups: dict[Any, list[RunPlan]] = {}
+        for run in self.runs:
+            if run.stop <= step:
+                continue
+            fork = run.forks_at()
+            apart = not self.share_prefix or (fork is not None and step >= fork)
+            groups.setdefault((run.replicate, run.lr, run.id if apart else None), []).append(run)
+        return tuple(Slot(tuple(runs)) for runs in groups.values())
+
+    def work_units(self) -> int:
+        """Member-steps of the whole block, the unit of progress and cost."""
+        changes = sorted({0, *(r.stop for r in self.runs), *(f for r in self.runs if (f := r.forks_at()) is not None)})
+        return sum(
+            len(self.slots(a)) * (b - a) for a, b in zip(changes[:-1], changes[1:], strict=True)
+        )
+
+
+def parents(old: Sequence[Slot], new: Sequence[Slot]) -> list[int]:
+    """For each new member the index of the old one it continues."""
+    where = {run.id: i for i, slot in enumerate(old) for run in slot.runs}
+    return [where[slot.runs[0].id] for slot in new]

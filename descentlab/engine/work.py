@@ -1,0 +1,138 @@
+"""The worker half of a step, by two routes with the same meaning.
+
+``MemberWork`` runs one plain module after the other (faster for convolutions on a CPU, and the only route a member
+takes on the step that hits it); ``VmapWork`` runs all members in one vectorised call. Their rounding differs, so which
+one a block takes is decided once (:mod:`descentlab.engine.plan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from ..core.opmode import OpMode, Ops
+from ..core.protocols import Batch, Grads
+from ..core.state import State
+from ..core.tree import Tree, stack
+
+
+class Objective(Protocol):
+    """What the engine needs of a workload."""
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor: ...
+
+    def accuracy(self, output: Tensor, y: Tensor) -> Tensor: ...
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, bool]]:
+    """(full name, owner, attribute, is parameter) of every parameter and buffer."""
+    for prefix, owner in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for key, p in owner._parameters.items():
+            if p is not None:
+                yield dot + key, owner, key, True
+        for key, b in owner._buffers.items():
+            if b is not None:
+                yield dot + key, owner, key, False
+
+
+class MemberWork:
+    """Members one after the other through one plain ``nn.Module`` whose tensors are swapped for views of the stack."""
+
+    def __init__(self, module: nn.Module, objective: Objective) -> None:
+        self.module, self.objective = module, objective
+        self._slots = list(_tensors(module))
+
+    def _load(self, view: State, m: int, *, grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        params, buffers = {}, {}
+        for name, owner, key, is_parameter in self._slots:
+            if is_parameter:
+                params[name] = view.params[name][m].detach().requires_grad_(grad)
+                owner._parameters[key] = params[name]  # type: ignore[assignment]
+            else:
+                buffers[name] = view.buffers[name][m].clone()
+                owner._buffers[key] = buffers[name]
+        return params, buffers
+
+    def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads:
+        """See :class:`~descentlab.core.protocols.Work`; edits apply to every member, masks have a member axis."""
+        self.module.train()
+        grads, buffers, losses, accuracies = [], [], [], []
+        for m in range(view.members):
+            params, member_buffers = self._load(view, m, grad=True)
+            if ops is None:
+                output = self.module(batch.x[m])
+            else:
+                masks = {k: mask[m] for k, mask in ops.masks.items()}
+                with OpMode(self.module, Ops(ops.edits, masks)):
+                    output = self.module(batch.x[m])
+            loss = self.objective.loss(output, batch.y[m])
+            grads.append(dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True)))
+            buffers.append(member_buffers)
+            losses.append(loss.detach())
+            accuracies.append(self.objective.accuracy(output.detach(), batch.y[m]))
+        return Grads(stack(grads), stack(buffers), torch.stack(losses), torch.stack(accuracies))
+
+    @torch.no_grad()
+    def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~descentlab.core.protocols.Work`."""
+        self.module.eval()
+        losses, accuracies = [], []
+        for m in range(view.members):
+            self._load(view, m, grad=False)
+            output = self.module(x)
+            losses.append(self.objective.loss(output, y))
+            accuracies.append(self.objective.accuracy(output, y))
+        return torch.stack(losses), torch.stack(accuracies)
+
+
+class VmapWork:
+    """All members in one ``vmap(grad(functional_call))``."""
+
+    EVALUATE_ELEMENTS = 2**24  # members x samples evaluated at once, as a bound on memory
+
+    def __init__(self, module: nn.Module, objective: Objective) -> None:
+        self.module, self.objective = module, objective
+
+        def loss(params: Tree, buffers: Tree, x: Tensor, y: Tensor, masks: Any) -> tuple[Tensor, Any]:
+            fresh = {k: b.clone() for k, b in buffers.items()}  # BatchNorm updates its buffers in place
+            if masks:
+                with OpMode(module, Ops(masks=masks)):
+                    output = functional_call(module, (params, fresh), (x,))
+            else:
+                output = functional_call(module, (params, fresh), (x,))
+            return objective.loss(output, y), (fresh, objective.accuracy(output.detach(), y))
+
+        self._grad = vmap(grad_and_value(loss, has_aux=True), in_dims=(0, 0, 0, 0, 0))
+        self._eval = vmap(self._forward, in_dims=(0, 0, None, None))
+
+    def _forward(self, params: Tree, buffers: Tree, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        output = functional_call(self.module, (params, buffers), (x,))
+        return self.objective.loss(output, y), self.objective.accuracy(output, y)
+
+    def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads:
+        """See :class:`~descentlab.core.protocols.Work`; only dropout masks (with a member axis) are supported here."""
+        if ops is not None and ops.edits:
+            raise ValueError("edits run on the single-member path")
+        self.module.train()
+        masks = dict(ops.masks) if ops is not None else {}
+        grads, (loss, (buffers, accuracy)) = self._grad(view.params, view.buffers, batch.x, batch.y, masks)
+        return Grads(grads, buffers, loss, accuracy)
+
+    @torch.no_grad()
+    def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~descentlab.core.protocols.Work`."""
+        self.module.eval()
+        chunk = max(1, self.EVALUATE_ELEMENTS // max(1, x.numel()))
+        parts = []
+        for a in range(0, view.members, chunk):
+            rows = slice(a, a + chunk)
+            params = {k: p[rows] for k, p in view.params.items()}
+            buffers = {k: b[rows] for k, b in view.buffers.items()}
+            parts.append(self._eval(params, buffers, x, y))
+        losses, accuracies = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(accuracies)

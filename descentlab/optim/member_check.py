@@ -1,0 +1,73 @@
+"""Does an optimizer class mix the members of a stacked tensor? Proved before training, not assumed.
+
+Members get gradients of very different scale (1e-2 beside 1e3) and one gets Inf, NaN or 1e30; the class then runs 12
+updates stacked and 12 alone. An element-wise rule gives the same bits. LARS, gradient clipping, centralised or
+normalised gradients, Adafactor and skip-if-non-finite rules do not. A rule that starts mixing after more updates than
+that is not caught.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .stacked import Rule
+
+STEPS = 12
+SCALES = (1e-2, 1e3, 1.0, 1.0)
+POISONS = (math.inf, math.nan, 1e30)
+SHAPES = ((5, 3), (4,), (2, 3, 2, 2))
+
+
+def mixes_members(rule: Rule) -> bool:
+    """True when stacked and single updates differ in any bit, or when the class refuses the stacked shape."""
+    try:
+        return any(_differs(rule, poison) for poison in POISONS)
+    except (RuntimeError, ValueError, IndexError):  # a class that insists on matrices cannot be stacked
+        return True
+
+
+def _differs(rule: Rule, poison: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    members = len(SCALES)
+    start = [torch.randn(members, *s, generator=generator) for s in SHAPES]
+    stacked = [p.clone().requires_grad_() for p in start]
+    singles = [[p[m].clone().requires_grad_() for p in start] for m in range(members - 1)]
+    together = rule.make(list(stacked), rule.lr)
+    alone = [rule.make(list(ps), rule.lr) for ps in singles]
+    for step in range(STEPS):
+        for i, shape in enumerate(SHAPES):
+            grad = torch.randn(members, *shape, generator=generator)
+            grad *= torch.tensor(SCALES).view(-1, *[1] * len(shape))
+            if step >= 2:
+                grad[-1] = poison
+            stacked[i].grad = grad
+            for m, ps in enumerate(singles):
+                ps[i].grad = grad[m].clone()
+        together.step()
+        for optimizer in alone:
+            optimizer.step()
+    return any(
+        not torch.equal(stacked[i][m], ps[i]) for m, ps in enumerate(singles) for i in range(len(SHAPES))
+    )
+
+
+def linear_in_lr(rule: Rule) -> bool:
+    """True when stepping at lr 1 and rescaling the displacement gives the same trajectory as stepping at lr."""
+    generator = torch.Generator().manual_seed(1)
+    lr = 0.37 * rule.lr
+    plain = torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_()
+    scaled = plain.detach().clone().requires_grad_()
+    direct, unit = rule.make([plain], lr), rule.make([scaled], 1.0)
+    for _ in range(STEPS):
+        grad = torch.randn(6, dtype=torch.float64, generator=generator)
+        plain.grad, scaled.grad = grad.clone(), grad.clone()
+        before = scaled.detach().clone()
+        direct.step()
+        unit.step()
+        with torch.no_grad():
+            scaled.sub_(before).mul_(lr).add_(before)
+    return torch.allclose(plain, scaled, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,185 @@
+"""Any ``torch.optim`` class on an ensemble, without rewriting its rule.
+
+The class sees contiguous slices of the stacked tensors as its parameters, so one call updates every member of the
+slice in place. Members share a slice while they have made the same number of updates (``step`` is one scalar per
+tensor in torch). A class that mixes members (a norm over the whole tensor, a matrix decomposition) is detected before
+training by :mod:`descentlab.optim.member_check` and then runs member by member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.state import State
+from ..core.tree import Tree, clone
+
+SLOT_KINDS = {
+    "momentum_buffer": "momentum",
+    "exp_avg": "first_moment",
+    "exp_avg_sq": "second_moment",
+    "max_exp_avg_sq": "second_moment",
+    "square_avg": "second_moment",
+    "grad_avg": "first_moment",
+    "sum": "accumulator",
+    "acc_delta": "accumulator",
+}
+TORCH_CLASSES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer class and its hyper-parameters, ``lr`` among them."""
+
+    cls: type[torch.optim.Optimizer]
+    settings: Mapping[str, Any]
+
+    @property
+    def lr(self) -> float:
+        return float(self.settings["lr"])
+
+    def make(self, tensors: list[Tensor], lr: float) -> torch.optim.Optimizer:
+        """An instance over ``tensors``; never the fused kernel, whose bits depend on the grouping."""
+        return self.cls(tensors, **{**self.settings, "lr": lr})
+
+
+def torch_rule(name: str, settings: Mapping[str, Any]) -> Rule:
+    return Rule(getattr(torch.optim, TORCH_CLASSES[name]), dict(settings))
+
+
+def scalar_slots(rule: Rule) -> frozenset[str]:
+    """Slots that torch keeps as one scalar per tensor (NAdam's ``mu_product``); here they are one per member."""
+    p = torch.ones(2, 3, requires_grad=True)
+    p.grad = torch.ones(2, 3)
+    optimizer = rule.make([p], rule.lr)
+    optimizer.step()
+    slots = optimizer.state[p].items()
+    return frozenset(k for k, v in slots if k != "step" and v is not None and torch.as_tensor(v).dim() == 0)
+
+
+@dataclass
+class _Bound:
+    """One optimizer instance tied to members ``first`` to ``last`` of one state's tensors."""
+
+    first: int
+    last: int
+    optimizer: torch.optim.Optimizer
+    views: dict[str, Tensor]
+
+
+@dataclass
+class StackedOptimizer:
+    """The server half of a step (the :class:`~descentlab.core.protocols.Apply` protocol).
+
+    ``separate`` forces member-by-member updates; None decides by the member check.
+    """
+
+    rule: Rule
+    separate: bool | None = None
+    _scalars: frozenset[str] = frozenset()
+    _linear: bool = True
+    _bound: list[_Bound] = field(default_factory=list, repr=False)
+    _owner: tuple[Tree, Tree, list[tuple[int, int]]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.separate is None:
+            from .member_check import linear_in_lr, mixes_members
+
+            self.separate = mixes_members(self.rule)
+            self._linear = self.separate or linear_in_lr(self.rule)
+        if not self.separate:
+            self._scalars = scalar_slots(self.rule)
+
+    def apply(self, state: State, grads: Tree, lr: Tensor) -> None:
+        """One update of every member, in place. ``grads``: name -> ``[M, …]``; ``lr``: ``[M]`` float64."""
+        rates = lr.tolist()
+        if not self._linear and len(set(rates)) > 1:  # Rprop's lr is a state, not a factor
+            self.separate, self._scalars, self._linear, self._owner = True, frozenset(), True, None
+        self._bind(state)
+        for bound in self._bound:
+            part = rates[bound.first : bound.last]
+            for name, view in bound.views.items():
+                view.grad = self._view(grads[name], bound)
+            if all(r == part[0] for r in part):
+                self._step(bound, part[0])
+            else:
+                self._step_many_rates(bound, lr[bound.first : bound.last])
+            for view in bound.views.values():
+                view.grad = None
+        if self._collect_slots(state):
+            self._owner = None
+        state.opt_step.add_(1)
+
+    def _view(self, t: Tensor, bound: _Bound) -> Tensor:
+        return t[bound.first] if self.separate else t.narrow(0, bound.first, bound.last - bound.first)
+
+    def _step(self, bound: _Bound, lr: float) -> None:
+        for group in bound.optimizer.param_groups:
+            group["lr"] = lr
+        bound.optimizer.step()
+
+    def _step_many_rates(self, bound: _Bound, lr: Tensor) -> None:
+        """Step at lr 1, then rescale the displacement; right for rules whose update is linear in lr."""
+        before = clone(bound.views)
+        self._step(bound, 1.0)
+        with torch.no_grad():
+            for name, view in bound.views.items():
+                rate = lr.to(view.dtype).view(-1, *[1] * (view.dim() - 1))
+                view.sub_(before[name]).mul_(rate).add_(before[name])
+
+    def _bind(self, state: State) -> None:
+        """(Re)build the instances when the tensors or the grouping by update count have changed."""
+        groups = self._groups(state.opt_step.tolist())
+        if self._owner is not None:
+            params, slots, old = self._owner
+            if params is state.params and slots is state.slots and len(old) == len(groups) and old == groups:
+                return
+        self._bound = [self._bind_group(state, first, last) for first, last in groups]
+        self._owner = (state.params, state.slots, groups)
+
+    def _groups(self, steps: list[int]) -> list[tuple[int, int]]:
+        if self.separate:
+            return [(m, m + 1) for m in range(len(steps))]
+        cuts = [0, *(i for i in range(1, len(steps)) if steps[i] != steps[i - 1]), len(steps)]
+        return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+    def _bind_group(self, state: State, first: int, last: int) -> _Bound:
+        bound = _Bound(first, last, None, {})  # type: ignore[arg-type]
+        bound.views = {n: self._view(p, bound).detach().requires_grad_() for n, p in state.params.items()}
+        bound.optimizer = self.rule.make(list(bound.views.values()), 1.0)
+        step = int(state.opt_step[first])
+        if step:
+            for name, view in bound.views.items():
+                entry: dict[str, Any] = {"step": torch.tensor(float(step))}
+                for slot, stored in state.slots.items():
+                    if name in stored:
+                        entry[slot] = self._slot(slot, stored[name], bound)
+                bound.optimizer.state[view] = entry
+        return bound
+
+    def _slot(self, slot: str, stored: Tensor, bound: _Bound) -> Tensor:
+        return stored[bound.first].clone() if slot in self._scalars else self._view(stored, bound)
+
+    def _collect_slots(self, state: State) -> bool:
+        """Copy what an instance keeps outside the stacked storage; True if it must be bound to new storage."""
+        created = False
+        for bound in self._bound:
+            for name, view in bound.views.items():
+                for slot, value in bound.optimizer.state.get(view, {}).items():
+                    if slot == "step" or value is None:
+                        continue
+                    value = torch.as_tensor(value)
+                    scalar = slot in self._scalars
+                    tree = state.slots.setdefault(slot, {})
+                    if name not in tree:
+                        shape = value.shape if scalar or self.separate else value.shape[1:]
+                        tree[name] = value.new_zeros((state.members, *shape))
+                    target = tree[name][bound.first] if self.separate else tree[name][bound.first : bound.last]
+                    if target.data_ptr() != value.data_ptr():
+                        target.copy_(value)
+                        created = created or not scalar
+        return created

@@ -1,0 +1,221 @@
+"""The run directory: its marker, its layout, and the JSON files in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import StudyError, UserError
+from . import jsonl
+from .atomic import append_bytes, is_temporary, remove_temporaries, write_bytes, write_text, writing
+
+FORMAT = 1
+MARKER = "descentlab.json"
+LOCK = ".lock"
+# What --overwrite deletes: everything a run directory is documented to hold, and nothing a user put beside it.
+LAYOUT = (
+    "study.yaml",
+    "resolved.jsonl",
+    "plan.json",
+    "provenance.json",
+    "campaign.jsonl",
+    "hits.jsonl",
+    "runs.jsonl",
+    "events.jsonl",
+    "logs",
+    "blocks",
+    "table.parquet",
+    "report",
+)
+APPENDED = frozenset({"events.jsonl", "runs.jsonl"})  # a kill may cut their last line short
+
+
+class RunDirectory:
+    """One study's results on the disk. Use :meth:`create` to write (new, or resumed) and :meth:`open` to read."""
+
+    def __init__(self, path: Path, study: str) -> None:
+        self.path, self.study = path, study
+
+    @classmethod
+    def create(cls, path: str | Path, study_name: str, document_yaml: str, overwrite: bool = False) -> RunDirectory:
+        """Make ``path`` a directory of ``study_name``, or take it up again, and store ``document_yaml`` as study.yaml.
+
+        ``overwrite`` first deletes earlier results, if descentlab made them. Raises :class:`UserError` when the
+        directory is not ours, holds another study or format, or cannot be written.
+        """
+        path = Path(path)
+        _make_writable(path)
+        marker = _read_marker(path)
+        if marker is None:
+            _refuse_foreign(path)
+        elif not overwrite:
+            _check_marker(path, marker)
+            if marker["study"] != study_name:
+                raise UserError(
+                    "--out", str(path), f"a directory of study '{study_name}'; it holds '{marker['study']}'"
+                )
+        directory = cls(path, study_name)
+        with directory.lock():
+            if overwrite:
+                _empty(path)
+            write_text(path / MARKER, json.dumps({"format": FORMAT, "study": study_name}) + "\n")
+            write_text(path / "study.yaml", document_yaml)
+            with writing(path):
+                remove_temporaries(path)
+                for name in ("blocks", "logs"):
+                    (path / name).mkdir(exist_ok=True)
+            for name in sorted(APPENDED):
+                directory.repair(name)
+        return directory
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """The directory at ``path``, for reading; :class:`UserError` when descentlab did not make it."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError("DIR", str(path), "an existing directory made by descentlab")
+        marker = _read_marker(path)
+        if marker is None:
+            raise UserError("DIR", str(path), "a directory made by descentlab (it has no descentlab.json)")
+        _check_marker(path, marker)
+        return cls(path, str(marker["study"]))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for one writing command; a second one at the same time gets a :class:`UserError`.
+
+        :meth:`create` holds it while it works, so take it afterwards.
+        """
+        import fcntl  # POSIX only; reading results needs no lock
+
+        with writing(self.path / LOCK):
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError("--out", str(self.path), "a directory that no other command is writing to") from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def block_folder(self, key: str) -> Path:
+        """The folder of block ``key``."""
+        if not key or not all(c.isalnum() or c in "-_.=" for c in key) or key.startswith("."):
+            raise ValueError(f"block key {key!r} is not a plain folder name")
+        return self.path / "blocks" / key
+
+    def block_keys(self) -> list[str]:
+        """Keys of all blocks that have been begun, sorted."""
+        folder = self.path / "blocks"
+        if not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    def log_path(self, key: str) -> Path:
+        """Where the log of block ``key`` goes."""
+        return self.path / "logs" / f"{key}.log"
+
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        """Rows of ``name``, empty when it does not exist. Only an appended file may end in half a line."""
+        path = self.path / name
+        return jsonl.decode(path.read_bytes(), path, appended=name in APPENDED)[0] if path.is_file() else []
+
+    def replace_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``name`` anew, atomically."""
+        write_bytes(self.path / name, jsonl.encode(rows))
+
+    def append_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add ``rows`` to the end of ``name`` (one of ``APPENDED``), after mending a last line that a kill cut short."""
+        if name not in APPENDED:
+            raise ValueError(f"{name} is replaced whole, never appended to")
+        self.repair(name)
+        append_bytes(self.path / name, jsonl.encode(rows))
+
+    def repair(self, name: str) -> None:
+        """Drop half a last line of an appended file and leave a warning event about it."""
+        path = self.path / name
+        data = path.read_bytes() if path.is_file() else b""
+        if not data or data.endswith(b"\n"):
+            return
+        good = jsonl.decode(data, path, appended=True)[1]
+        if good == len(data):  # whole, only its newline is missing
+            append_bytes(path, b"\n")
+            return
+        with writing(path):
+            os.truncate(path, good)
+        self.event("warning", f"{name}: the last line was cut short and has been dropped")
+
+    def event(self, kind: str, message: str, **details: Any) -> None:
+        """Append one line to events.jsonl: time (UTC), kind (checkpoint, signal, warning …), message."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.append_jsonl("events.jsonl", [{"time": time, "kind": kind, "message": message, **details}])
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in ``name``, empty when the file does not exist."""
+        path = self.path / name
+        return read_json(path, "restore the file, or start again with --overwrite") if path.is_file() else {}
+
+    def replace_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write ``value`` as ``name``, atomically."""
+        write_text(self.path / name, json.dumps(json.loads(jsonl.dumps(value)), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in ``path``; :class:`StudyError` naming the file and ``remedy`` when it is damaged."""
+    try:
+        value = jsonl.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged ({type(error).__name__}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise StudyError(f"{path} is damaged (not an object); {remedy}")
+    return value
+
+
+def _make_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        test = path / f".writable.{os.getpid()}.tmp"
+        test.touch()
+        test.unlink()
+    except OSError as error:
+        raise UserError("--out", str(path), "a writable directory", hint=error.strerror or str(error)) from None
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    if not (path / MARKER).is_file():
+        return None
+    try:
+        marker = json.loads((path / MARKER).read_text())
+    except (OSError, ValueError):
+        marker = None
+    if not isinstance(marker, dict) or not {"format", "study"} <= marker.keys():
+        raise UserError("--out", str(path), f"a directory with a readable {MARKER}")
+    return marker
+
+
+def _check_marker(path: Path, marker: Mapping[str, Any]) -> None:
+    if marker["format"] != FORMAT:
+        expected = f"a directory of format {FORMAT}; it has format {marker['format']}"
+        raise UserError("--out", str(path), expected, hint="choose another --out, or use --overwrite")
+
+
+def _refuse_foreign(path: Path) -> None:
+    if any(not is_temporary(p) and p.name != LOCK for p in path.iterdir()):  # those two: killed before the marker
+        raise UserError("--out", str(path), "an empty directory or one made by descentlab")
+
+
+def _empty(path: Path) -> None:
+    with writing(path):
+        for name in LAYOUT:  # the marker stays: killed half-way, the directory is still ours
+            target = path / name
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""Strict JSON lines: one object per line, no bare NaN, and a last line that a kill may have cut short."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import StudyError
+
+# JSON has no NaN and no infinity. They are written as these strings and read back under the keys that hold measured values.
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+VALUE_KEYS = frozenset({"old", "new", "value"})
+
+
+def dumps(row: Any) -> str:
+    """``row`` as one line of strict JSON; numpy numbers and arrays become numbers and lists."""
+    return json.dumps(_plain(row), allow_nan=False, ensure_ascii=False)
+
+
+def loads(text: str) -> Any:
+    """The inverse of :func:`dumps`: ``"nan"``, ``"inf"``, ``"-inf"`` under ``old``, ``new`` and ``value`` become floats."""
+    return json.loads(text, object_hook=_restore)
+
+
+def encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """``rows`` as the bytes of a JSON-lines file."""
+    return "".join(dumps(row) + "\n" for row in rows).encode()
+
+
+def decode(data: bytes, path: Path, *, appended: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """Rows of a JSON-lines file and the number of bytes that hold them whole.
+
+    With ``appended`` a last line without its newline is dropped when it does not parse: the writer was killed in the middle of it. Any other damage raises :class:`StudyError`.
+    """
+    rows: list[dict[str, Any]] = []
+    good = 0
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = loads(line.decode())
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+            except ValueError:
+                if appended and number == len(lines):
+                    break
+                raise StudyError(
+                    f"{path} is damaged at line {number}; restore the file, or start again with --overwrite"
+                ) from None
+            rows.append(row)
+        good = min(good + len(line) + 1, len(data))
+    return rows, good
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _restore(row: dict[str, Any]) -> dict[str, Any]:
+    for key in VALUE_KEYS & row.keys():
+        row[key] = _number(row[key])
+    return row
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,214 @@
+"""The one frame of a run directory: one row per (run, step, attempt), observables, and the settings that vary."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ..core.errors import StudyError
+from .atomic import write_bytes
+from .directory import RunDirectory
+from .parts import NO_ROWS, BlockData, read_block, read_cover
+
+TABLE = "table.parquet"
+KEYS = list(NO_ROWS)
+# Columns that may differ between two executions of the same study; comparisons drop them.
+VOLATILE = ("wall_s", "timestamp", "utilisation")
+CONFIG = ("cell", "replicate", "role", "optimizer")
+TABLE_VERSION = "1"  # raised when the table made from the same blocks changes
+
+
+def build_frame(directory: RunDirectory) -> pl.DataFrame:
+    """The frame of all runs in resolved.jsonl that have rows yet, sorted by run, step, attempt.
+
+    Only rows that a checkpoint or a finished block vouches for are in it. Numbers are Int64 and Float64; NaN and
+    infinity stay, null means "not measured on this row". Raises :class:`StudyError` naming a damaged file.
+    """
+    runs = directory.read_jsonl("resolved.jsonl")
+    blocks, owner = _blocks(directory, {str(run["id"]) for run in runs})
+    frames = [_own_rows(block, owner) for block in blocks]
+    rows = pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame(schema=NO_ROWS)
+    rows = _widen(rows).sort(KEYS)
+    if duplicates := rows.height - rows.select(KEYS).unique().height:
+        raise StudyError(f"{directory.path}: {duplicates} rows share their run, step and attempt with another row")
+    config = config_columns(runs, directory.read_jsonl("campaign.jsonl"), taken=set(rows.columns) - {"run"})
+    return rows.join(config, on="run", how="left", maintain_order="left")
+
+
+def refresh(directory: RunDirectory) -> pl.DataFrame:
+    """Build the frame and write what is derived from the blocks: table.parquet, hits.jsonl and runs.jsonl."""
+    from .progress import status
+
+    stamp = fingerprint(directory)
+    frame = build_frame(directory)
+    directory.replace_jsonl("hits.jsonl", collect_hits(directory))
+    directory.replace_jsonl("runs.jsonl", [run.to_row() for run in status(directory.path).runs])
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, compression="zstd", metadata={"descentlab": stamp})
+    write_bytes(directory.path / TABLE, buffer.getvalue())
+    return frame
+
+
+def collect_hits(directory: RunDirectory) -> list[dict[str, Any]]:
+    """Realised perturbations of the current runs, by case, optimizer, run and step."""
+    blocks, owner = _blocks(directory, {str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")})
+    hits = [hit for block in blocks for hit in block.hits if owner.get(str(hit.get("run"))) == block.key]
+    return sorted(hits, key=lambda h: (h.get("case", -1), str(h.get("optimizer")), str(h["run"]), h.get("step", -1)))
+
+
+def leftovers(path: str | Path) -> list[str]:
+    """Runs that have rows but are no longer in resolved.jsonl, sorted: they stay on the disk and out of the table."""
+    directory = RunDirectory.open(path)
+    current = {str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")}
+    found = {run for block in _read_blocks(directory) for run in block.frame["run"].unique()}
+    return sorted(found - current)
+
+
+def fingerprint(directory: RunDirectory) -> str:
+    """Hash of everything the table is made from; by content, so a copied directory keeps its table."""
+    digest = hashlib.sha256(TABLE_VERSION.encode())
+    for name in ("resolved.jsonl", "campaign.jsonl"):
+        digest.update(json.dumps(directory.read_jsonl(name), sort_keys=True).encode())
+    for key in directory.block_keys():
+        if cover := read_cover(directory.block_folder(key)):
+            digest.update(f"{key} {cover.to_json()}".encode())
+    return digest.hexdigest()
+
+
+def read_table(directory: RunDirectory) -> pl.DataFrame | None:
+    """The stored table, or None when it is missing, damaged or older than the blocks."""
+    path = directory.path / TABLE
+    try:
+        if pl.read_parquet_metadata(path).get("descentlab") != fingerprint(directory):
+            return None
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError):
+        return None
+
+
+def _read_blocks(directory: RunDirectory) -> list[BlockData]:
+    found = (read_block(directory.block_folder(key)) for key in directory.block_keys())
+    return [block for block in found if block is not None]
+
+
+def _blocks(directory: RunDirectory, current: set[str]) -> tuple[list[BlockData], dict[str, str]]:
+    """All blocks, and for every current run the one block it is taken from.
+
+    A run is in two blocks only after the packing was changed: a finished block wins, then the one with more rows.
+    """
+    blocks = _read_blocks(directory)
+    best: dict[str, tuple[bool, int, str]] = {}
+    for block in blocks:
+        for run, rows in block.frame.group_by("run").len().iter_rows():
+            if run in current:
+                best[run] = max(best.get(run, (False, 0, "")), (block.cover.done, rows, block.key))
+    return blocks, {run: key for run, (_, _, key) in best.items()}
+
+
+def _own_rows(block: BlockData, owner: Mapping[str, str]) -> pl.DataFrame:
+    own = [run for run in block.frame["run"].unique() if owner.get(run) == block.key]
+    return block.frame.filter(pl.col("run").is_in(own))
+
+
+def _widen(frame: pl.DataFrame) -> pl.DataFrame:
+    """Integers to Int64 and floats to Float64 (exact), so that the schema does not depend on a writer's dtypes."""
+    selectors = pl.selectors
+    return frame.with_columns(
+        selectors.integer().cast(pl.Int64),
+        selectors.float().cast(pl.Float64),
+        selectors.by_dtype(pl.Null).cast(pl.Float64),
+    )
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; a block with a ``name`` also stands under its own key (``optimizer`` = "adam")."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            if "name" in value:
+                flat[path] = value["name"]
+            flat.update(flatten({k: v for k, v in value.items() if k != "name"}, f"{path}."))
+        else:
+            flat[path] = value
+    return flat
+
+
+def config_columns(
+    runs: Sequence[Mapping[str, Any]], campaign: Iterable[Mapping[str, Any]], taken: set[str]
+) -> pl.DataFrame:
+    """One row per run: cell, replicate, role, optimizer, every setting that varies, labels, and the planned hit.
+
+    The hit (``hit_step``, ``layer``, ``value``) is the first one planned for the run's case, or for its replicate
+    where the study has no cases; a twin carries the hit it was spared. A setting whose name is ``taken`` by an
+    observable becomes ``settings.<name>``.
+    """
+    flat = [flatten(run.get("settings") or {}) for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    varying = [n for n in names if n not in CONFIG and len({json.dumps(s.get(n)) for s in flat}) > 1]
+    planned: dict[tuple[str, Any], Mapping[str, Any]] = {}
+    for case in campaign:
+        for key in ("case", "replicate"):
+            if key in case:
+                planned.setdefault((key, case[key]), case)
+    columns: dict[str, list[Any]] = {"run": [str(run["id"]) for run in runs]}
+    for name in ("cell", "replicate", "role"):
+        columns[name] = [run.get(name) for run in runs]
+    columns["optimizer"] = [s.get("optimizer") for s in flat]
+    for name in varying:
+        column = f"settings.{name}" if name in taken or name in columns else name
+        columns[column] = _one_type([s.get(name) for s in flat])
+    for name in dict.fromkeys(name for run in runs for name in run.get("labels") or {}):
+        columns.setdefault(name, _one_type([(run.get("labels") or {}).get(name) for run in runs]))
+    if planned:
+        hits = [_planned_hit(run, planned) for run in runs]
+        columns.setdefault("hit_step", [hit.get("step") for hit in hits])
+        columns.setdefault("layer", _one_type([hit.get("layer") for hit in hits]))
+        columns.setdefault("value", _one_type([(hit.get("rule") or {}).get("value") for hit in hits]))
+    types = {"run": pl.String, "cell": pl.Int64, "replicate": pl.Int64, "role": pl.String, "optimizer": pl.String}
+    return _widen(pl.DataFrame(columns, schema_overrides=types, strict=False))
+
+
+def _planned_hit(run: Mapping[str, Any], planned: Mapping[tuple[str, Any], Mapping[str, Any]]) -> Mapping[str, Any]:
+    labels = run.get("labels") or {}
+    key = ("case", labels["case"]) if "case" in labels else ("replicate", run.get("replicate"))
+    return planned.get(key, {})
+
+
+def _one_type(values: list[Any]) -> list[Any]:
+    """Values a column can hold: all booleans, all numbers or all strings; anything mixed or nested as JSON text."""
+    present = [v for v in values if v is not None]
+    if all(isinstance(v, bool) for v in present) or all(isinstance(v, str) for v in present):
+        return values
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in present):
+        whole = all(isinstance(v, int) for v in present)
+        return values if whole else [None if v is None else float(v) for v in values]
+    return [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+
+
+def equal_tables(a: pl.DataFrame, b: pl.DataFrame) -> list[str]:
+    """Differences between two tables as values (NaN = NaN, sorted, volatile columns dropped); empty when equal."""
+    a, b = (frame.drop(VOLATILE, strict=False) for frame in (a, b))
+    differences = [f"column {name} is only in the first table" for name in a.columns if name not in b.columns]
+    differences += [f"column {name} is only in the second table" for name in b.columns if name not in a.columns]
+    if a.height != b.height:
+        return [*differences, f"{a.height} rows against {b.height}"]
+    a, b = a.sort(KEYS), b.sort(KEYS)
+    for name in (n for n in a.columns if n in b.columns):
+        left, right = a[name], b[name]
+        if left.dtype != right.dtype:
+            differences.append(f"column {name} is {left.dtype} against {right.dtype}")
+            continue
+        unequal = left.ne_missing(right)  # polars: NaN equals NaN, null equals null
+        if unequal.any():
+            row = int(unequal.arg_true()[0])
+            where = ", ".join(f"{key} {a[key][row]}" for key in KEYS)
+            text = f"column {name}: {unequal.sum()} of {a.height} rows differ, first at {where}"
+            differences.append(f"{text}: {left[row]!r} against {right[row]!r}")
+    return differences

@@ -1,0 +1,247 @@
+"""Figures of the recovery study: functions from measures to a matplotlib Figure. Steps are counted from the hit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from ...analysis.recovery import Recovery
+from ...report.figures import (
+    DOUBLE, GREY, Look, failed_mark, looks, name_ticks, new_figure, panel_title, signed, signed_scale, styled,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SMOOTH = 9  # steps of the centred moving average
+
+
+def smoothed(values: np.ndarray, width: int = SMOOTH) -> np.ndarray:
+    """Centred moving average, shorter at the ends, NaN where a value is NaN."""
+    half = width // 2
+    padded = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.nan if np.isnan(values[i]) else np.nanmean(part) for i, part in enumerate(padded)])
+
+
+def _hit_line(ax: Axes, at: float, text: str = "") -> None:
+    ax.axvline(at, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+    if text:
+        ax.annotate(text, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, -2), textcoords="offset points",
+                    ha="right", va="top", fontsize=7, color=GREY)  # fmt: skip
+
+
+def _case_lines(ax: Axes, part: pl.DataFrame, column: str, look: Look, name: str) -> None:
+    """Per-batch values lightly, moving averages (before the hit and after it, never across) on top."""
+    step, values = part["step"].to_numpy(), part[column].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    ax.plot(step, values, color=look.colour, alpha=0.25, linewidth=0.6)
+    after = part["relative_step"].to_numpy() > 0
+    before = part["relative_step"].to_numpy() < 0
+    for number, side in enumerate((before, after)):
+        label = name if number else "_nolegend_"
+        ax.plot(step[side], smoothed(values[side]), color=look.colour, linestyle=look.line, label=label)
+    finite = np.flatnonzero(np.isfinite(values))
+    if len(finite) and finite[-1] < len(values) - 1:  # the run ended early
+        ax.plot(step[finite[-1]], values[finite[-1]], "x", color="black", markersize=6, zorder=5)
+
+
+def _final_bars(ax: Axes, chosen: pl.DataFrame, look: dict[str, Look], names: list[str]) -> None:
+    place = np.arange(len(names))
+    twin, fault = chosen["twin_test_accuracy"].to_numpy(), chosen["final_test_accuracy"].to_numpy()
+    ax.bar(place - 0.2, twin, 0.36, color="white", edgecolor=GREY, hatch="////", linewidth=0.6, label="twin (no fault)")
+    ax.bar(place + 0.2, fault, 0.36, color=[look[n].colour for n in names], label="with the fault")
+    for i in range(len(names)):
+        ax.annotate(signed(100 * (fault[i] - twin[i]), "+.1f"), (i, max(twin[i], fault[i])), xytext=(0, 2), textcoords="offset points",
+                    ha="center", va="bottom", fontsize=7)  # fmt: skip
+    ax.set_ylim(0, 1.12)
+    ax.set_yticks(np.arange(0, 1.01, 0.2))
+    ax.set_ylabel("final test accuracy")
+    name_ticks(ax, names)
+
+
+def _excess_bars(ax: Axes, chosen: pl.DataFrame, look: dict[str, Look], names: list[str]) -> None:
+    excess = chosen["excess_test_loss"].to_numpy()
+    ax.bar(np.arange(len(names)), excess, 0.6, color=[look[n].colour for n in names])
+    signed_scale(ax, excess)
+    ax.axhline(0, color="black", linewidth=0.6)
+    for i, value in enumerate(excess):
+        text = signed(value, "+.2g") + ("\nfailed" if chosen["failed"][i] else "")
+        ax.annotate(text, (i, value), xytext=(0, 2 if value >= 0 else -2), textcoords="offset points", ha="center",
+                    va="bottom" if value >= 0 else "top", fontsize=7)  # fmt: skip
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "linear":
+        room = 0.15 * (high - low)
+        ax.set_ylim(low - room * bool((excess < 0).any()), high + room)
+    ax.set_ylabel("excess test loss (nats)")
+    name_ticks(ax, names)
+
+
+def comparison(recovery: Recovery, case: int) -> Figure:
+    """Four panels on one case: training accuracy, training loss, final test accuracy, excess test loss."""
+    chosen = recovery.measures.filter(pl.col("replicate") == case)
+    names = [name for name in recovery.order if name in chosen["condition"].to_list()]
+    chosen = pl.concat([chosen.filter(pl.col("condition") == name) for name in names])
+    hit, look = int(chosen["hit_step"][0]), looks(recovery.order)
+    with styled():
+        figure = new_figure(DOUBLE, 4.9)
+        axes = figure.subplots(2, 2)
+        for index, (column, label) in enumerate((("train_accuracy", "training accuracy"), ("train_loss", "training loss (nats)"))):
+            ax = axes[0, index]
+            for name in names:
+                part = recovery.steps.filter((pl.col("replicate") == case) & (pl.col("condition") == name))
+                _case_lines(ax, part, column, look[name], name)
+            _hit_line(ax, hit)
+            ax.set_xlabel(f"step (hit at step {hit}, dashed)")
+            ax.set_ylabel(label)
+            panel_title(ax, index, f"{label.split(' (')[0]} per batch")
+        axes[0, 0].set_ylim(0, 1.03)
+        axes[0, 1].set_yscale("log")
+        _final_bars(axes[1, 0], chosen, look, names)
+        panel_title(axes[1, 0], 2, "final test accuracy, change in points")
+        _excess_bars(axes[1, 1], chosen, look, names)
+        panel_title(axes[1, 1], 3, "test loss over the twin")
+        handles = [*axes[0, 0].get_legend_handles_labels()[0], axes[1, 0].containers[0]]
+        if chosen["failed"].any():
+            handles.append(failed_mark())
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _band(ax: Axes, x: np.ndarray, centre: np.ndarray, low: np.ndarray, high: np.ndarray, look: Look, **kw: object) -> None:
+    ax.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0)
+    ax.plot(x, centre, color=look.colour, linestyle=look.line, **kw)  # type: ignore[arg-type]
+
+
+def mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and 95 % t interval over cases of values [cases, steps], where at least half of the cases (2) contribute."""
+    from scipy import stats
+
+    n = np.isfinite(values).sum(axis=0)
+    enough = (n >= 2) & (2 * n >= len(values))
+    shown = np.where(enough, values, 0.0)
+    shown = np.where(enough & ~np.isfinite(values), np.nan, shown)
+    centre, spread = np.nanmean(shown, axis=0), np.nanstd(shown, axis=0) * np.sqrt(n / np.maximum(1, n - 1))
+    half = stats.t.ppf(0.975, np.maximum(1, n - 1)) * spread / np.sqrt(np.maximum(1, n))
+    hide = np.where(enough, 0.0, np.nan)
+    return centre + hide, centre - half + hide, centre + half + hide
+
+
+def median_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Median and quartiles over cases of values [cases, steps] (infinities count), where half of the cases contribute."""
+    n = (~np.isnan(values)).sum(axis=0)
+    out = np.full((3, values.shape[1]), np.nan)
+    for j in np.flatnonzero((n >= 1) & (2 * n >= len(values))):
+        column = values[~np.isnan(values[:, j]), j]
+        out[:, j] = np.quantile(column, [0.5, 0.25, 0.75], method="nearest")
+    return out[0], out[1], out[2]
+
+
+def zoom(recovery: Recovery, before: int = 10) -> Figure:
+    """Per optimizer, loss (median, quartiles) and accuracy (mean, 95 % t) around the hit: fault against twin."""
+    from ...analysis.recovery import aligned
+
+    steps = np.arange(-before, int(recovery.measures["steps_watched"].max()) + 1)  # type: ignore[arg-type]
+    names, charge, chance = recovery.order, recovery.scores.failure_loss, recovery.scores.chance
+    look, across = looks(names), min(4, len(names))
+    grey = Look(GREY, (0, (3, 1.5)), "o")
+    deep = -(-len(names) // across)
+    with styled():
+        figure = new_figure(DOUBLE, 3.4 * deep + 0.3)
+        axes = figure.subplots(2 * deep, across, squeeze=False, sharex=True)
+        for ax in axes.flat:
+            ax.set_visible(False)
+        for index, name in enumerate(names):
+            for row, (column, failed, band) in enumerate(
+                (("train_loss", charge, median_band), ("train_accuracy", chance, mean_band))
+            ):
+                ax = axes[2 * (index // across) + row, index % across]
+                ax.set_visible(True)
+                _band(ax, steps, *band(aligned(recovery, name, f"{column}_twin", steps, failed)), grey, label="twin (no fault)")
+                own = Look(look[name].colour, "-", "o")
+                _band(ax, steps, *band(aligned(recovery, name, column, steps, failed)), own, label="with the fault")
+                _hit_line(ax, 0)
+                ax.tick_params(labelleft=index % across == 0, labelbottom=True)
+            panel_title(axes[2 * (index // across), index % across], index, name)
+        _share(axes, deep, across, len(names))
+        for ax in axes[-1]:
+            ax.set_xlabel("step after the hit")
+        figure.legend(*_black_legend(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _black_legend() -> tuple[list, list[str]]:
+    from matplotlib.lines import Line2D
+
+    return (
+        [Line2D([], [], color="black", linestyle="-"), Line2D([], [], color=GREY, linestyle=(0, (3, 1.5)))],
+        ["with the fault (optimizer's colour)", "twin: same run without the fault"],
+    )
+
+
+def _share(axes: np.ndarray, deep: int, across: int, count: int) -> None:
+    """One y range per row kind, and labels on the left only."""
+    for row, label in enumerate(("training loss (nats)", "training accuracy")):
+        used = [axes[2 * (i // across) + row, i % across] for i in range(count)]
+        if row == 0:
+            for ax in used:
+                ax.set_yscale("log")
+            low, high = min(ax.get_ylim()[0] for ax in used), max(ax.get_ylim()[1] for ax in used)
+        else:
+            low, high = 0.0, 1.03
+        for ax in used:
+            ax.set_ylim(low, high)
+        for block in range(deep):
+            axes[2 * block + row, 0].set_ylabel(label)
+
+
+def state_ratios(recovery: Recovery, column: str, steps: np.ndarray) -> dict[str, np.ndarray]:
+    """Fault over twin of a state measure per condition, shape [cases, steps]; inf where the fault made it so."""
+    from ...analysis.recovery import aligned
+
+    ratios = {}
+    for name in recovery.order:
+        fault = aligned(recovery, name, column, steps, np.inf)
+        twin = aligned(recovery, name, f"{column}_twin", steps)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = fault / twin
+        lost = np.isnan(fault) & np.isfinite(twin) & (steps >= 0) & np.isnan(fault).any(axis=1)[:, None]
+        ratios[name] = np.where(lost, np.inf, ratio)
+    return ratios
+
+
+def state(recovery: Recovery) -> Figure:
+    """Largest optimizer slot and largest BatchNorm variance over the twin's, after the hit (median, quartiles)."""
+    steps = np.arange(-5, int(recovery.measures["steps_watched"].max()) + 1)  # type: ignore[arg-type]
+    look = looks(recovery.order)
+    panels = [("slot_max", "largest optimizer slot"), ("bn_var_max", "largest BatchNorm variance")]
+    panels = [p for p in panels if p[0] in recovery.steps.columns and recovery.steps[p[0]].is_not_null().any()]
+    with styled():
+        figure = new_figure(DOUBLE, 2.7)
+        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)
+        for index, (column, label) in enumerate(panels):
+            ax = axes[0, index]
+            largest = 1.0
+            for name, ratio in state_ratios(recovery, column, steps).items():
+                if not np.isfinite(ratio).any():  # an optimizer without slots
+                    continue
+                centre, low, high = median_band(ratio)
+                finite = ratio[np.isfinite(ratio)]
+                largest = max(largest, float(np.nanquantile(finite, 0.99)))
+                _band(ax, steps, centre, low, np.where(np.isinf(high), 1e300, high), look[name], label=name)
+            ax.set_yscale("log")
+            bottom = min(0.5, ax.dataLim.y0 if ax.dataLim.y0 > 0 else 0.5)
+            ax.set_ylim(max(bottom, 1e-6), max(10.0, largest * 10))
+            ax.axhline(1, color=GREY, linewidth=0.7, linestyle=":")
+            _hit_line(ax, 0)
+            ax.set_xlabel("step after the hit")
+            ax.set_ylabel("ratio to the twin")
+            panel_title(ax, index, label)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+__all__ = ["comparison", "mean_band", "median_band", "smoothed", "state", "state_ratios", "zoom"]

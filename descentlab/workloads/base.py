@@ -1,0 +1,126 @@
+"""A workload is a dataset, a model, a loss and its metrics; nothing in it knows how it is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.protocols import isolated_init
+from ..core.streams import Streams
+
+
+@dataclass(frozen=True)
+class Data:
+    """Arrays of one dataset, already split; the three parts never overlap.
+
+    ``x_*`` ``[n, …]`` in the study's dtype, ``y_*`` ``[n]`` class indices (``classes`` > 0) or ``[n, …]`` targets.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_validation: Tensor
+    y_validation: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: int
+    source: str
+    licence: str
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Data:
+        """Floating-point parts in ``dtype``, everything on ``device``."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, dtype) if t.is_floating_point() else t.to(device)
+
+        parts = {k: move(getattr(self, k)) for k in _PARTS}
+        return replace(self, **parts)
+
+    def map_inputs(self, f: Callable[[Tensor], Tensor]) -> Data:
+        """The same data with ``f`` applied to every input."""
+        return replace(self, **{k: f(getattr(self, k)) for k in _PARTS if k.startswith("x_")})
+
+    def sha256(self) -> str:
+        """Fingerprint of every array, in a fixed order."""
+        digest = hashlib.sha256()
+        for part in _PARTS:
+            digest.update(np.ascontiguousarray(getattr(self, part).cpu().numpy()).tobytes())
+        return digest.hexdigest()
+
+
+_PARTS = ("x_train", "y_train", "x_validation", "y_validation", "x_test", "y_test")
+
+
+def stratified_split(y: np.ndarray, sizes: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A fixed permutation of ``range(len(y))`` cut into three parts, each with every class in proportion.
+
+    Items are ordered by (rank within their own shuffled class + class offset), so any prefix is stratified to within
+    one item per class. The permutation is a constant of the library: it depends on no seed of a study.
+    """
+    order = Streams(0).permutation("split", len(y), replicate=0)
+    classes, counts = np.unique(y, return_counts=True)
+    position = np.empty(len(y))
+    for c, n in zip(classes, counts, strict=True):
+        members = order[y[order] == c]
+        position[members] = (np.arange(n) + 0.5) / n
+    ranked = order[np.argsort(position[order], kind="stable")]
+    a, b, c = sizes
+    return ranked[:a], ranked[a : a + b], ranked[a + b : a + b + c]
+
+
+@dataclass(frozen=True)
+class ModelFactory:
+    """Builds modules for a dataset. ``stem`` is a parameter-free, deterministic, per-sample first layer: it is applied
+    to the data once instead of in every step."""
+
+    build: Callable[[Data], nn.Module]
+    stem: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: data (stem applied), a module maker, loss and metrics."""
+
+    data: Data
+    make: Callable[[], nn.Module]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, data: Data, factory: ModelFactory, *, dtype: torch.dtype, device: torch.device) -> Workload:
+        data = data.to(device, dtype)
+        stemmed = data.map_inputs(factory.stem) if factory.stem else data
+        return cls(stemmed, lambda: factory.build(data), dtype, device)
+
+    def module(self, streams: Streams, replicate: int) -> nn.Module:
+        """A fresh module; the same (seed, replicate) gives the same weights whatever else runs."""
+        seed = streams.torch_seed("init", replicate=replicate)
+        return isolated_init(self.make, seed, self.dtype).to(self.device)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, or half the mean squared distance for targets that are no classes."""
+        if self.data.classes:
+            return F.cross_entropy(output, y)
+        return 0.5 * (output - y).square().flatten(1).sum(1).mean()
+
+    def accuracy(self, output: Tensor, y: Tensor) -> Tensor:
+        """Share of right classes; NaN where there are no classes. NaN outputs count as wrong."""
+        if not self.data.classes:
+            return output.new_full((), math.nan)
+        right = (output.argmax(-1) == y) & torch.isfinite(output).all(-1)
+        return right.to(output.dtype).mean()
+
+    def has_convolution(self) -> bool:
+        return any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in self.make_meta().modules())
+
+    def make_meta(self) -> nn.Module:
+        """The module on the meta device: structure without memory or randomness."""
+        with torch.device("meta"):
+            return self.make()

@@ -1,0 +1,622 @@
+"""The store: whatever is killed, cut short or foreign, results are equal or the error names the file.
+
+The oracle of the kill tests is the table of an undisturbed execution. Breaking the mechanism on purpose makes them
+fail: write the checkpoint before the parts it names, skip ``drop_uncovered``, or write parts in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from descentlab.core.errors import StudyError, UserError
+from descentlab.store import (
+    VOLATILE,
+    BlockWriter,
+    Results,
+    RunDirectory,
+    equal_tables,
+    leftovers,
+    load,
+    refresh,
+    status,
+)
+from descentlab.store import atomic, jsonl, parts, provenance
+
+RUNS = [
+    {
+        "id": "a0",
+        "cell": 0,
+        "replicate": 0,
+        "role": "twin",
+        "labels": {"case": 0},
+        "settings": {"optimizer": {"name": "sgd", "lr": 0.1}, "batch_size": 64},
+    },
+    {
+        "id": "a1",
+        "cell": 1,
+        "replicate": 0,
+        "role": "fault",
+        "labels": {"case": 0},
+        "settings": {"optimizer": {"name": "adam", "lr": 0.01}, "batch_size": 64},
+    },
+]
+CAMPAIGN = [{"case": 0, "replicate": 0, "step": 3, "layer": "conv1", "rule": {"kind": "value", "value": math.inf}}]
+STEPS, EVERY = 7, 2
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing guards against a power cut, which no test makes; its order has a test of its own."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def new_directory(path: Path) -> RunDirectory:
+    directory = RunDirectory.create(path, "recovery", "study: recovery\n")
+    directory.replace_jsonl("resolved.jsonl", RUNS)
+    directory.replace_jsonl("campaign.jsonl", CAMPAIGN)
+    return directory
+
+
+def train(directory: RunDirectory, key: str = "b0", stop: int = STEPS) -> None:
+    """A block whose every value depends on all earlier steps, so that a wrong resume shows in the table."""
+    block = BlockWriter(directory, key, runs=["a0", "a1"], steps=STEPS)
+    if block.is_done:
+        return
+    found = block.resume()
+    state, start = found or ({"w": torch.zeros(2, dtype=torch.float64)}, 0)
+    for step in range(start, stop):
+        state["w"] = state["w"] * 0.9 + (step + 1)
+        loss = state["w"].numpy() + np.array([0.0, math.nan if step == 3 else 1.0])
+        bn = [None, float(step)]
+        block.rows(
+            {
+                "run": ["a0", "a1"],
+                "step": [step, step],
+                "attempt": [0, 0],
+                "train_loss": loss,
+                "bn": bn,
+                "wall_s": [os.times().elapsed] * 2,
+            }
+        )
+        if step == 3:
+            block.hits(
+                [
+                    {
+                        "case": 0,
+                        "run": "a1",
+                        "optimizer": "adam",
+                        "step": 3,
+                        "index": [5],
+                        "old": [0.5],
+                        "new": [-math.inf],
+                    }
+                ]
+            )
+        if (step + 1) % EVERY == 0:
+            block.checkpoint(state, step + 1)
+    if stop == STEPS:
+        block.finish(
+            [
+                {"run": "a0", "status": "done", "steps": STEPS},
+                {"run": "a1", "status": "diverged", "steps": STEPS, "diverged_step": 3},
+            ]
+        )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    path = tmp_path_factory.mktemp("undisturbed") / "out"
+    train(new_directory(path))
+    return load(path)
+
+
+def assert_same_results(path: Path, expected: Results) -> None:
+    found = load(path)
+    assert equal_tables(found.frame, expected.frame) == []
+    assert found.hits == expected.hits
+    assert found.status == expected.status
+    stray = [p for p in path.rglob("*.tmp")]
+    assert stray == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+class Killed(BaseException):
+    """Not an Exception: like a kill, no handler of the store may run on it."""
+
+
+class Killer:
+    """Raises :class:`Killed` at the k-th of the system calls that change the disk, before or after it has its effect."""
+
+    CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "truncate")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None, after: bool = False) -> None:
+        self.count, self.at, self.after = 0, at, after
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name), name))
+
+    def wrap(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count != self.at:
+                return call(*args, **kwargs)
+            if self.after:
+                with contextlib.suppress(OSError):
+                    call(*args, **kwargs)
+            elif name == "write":  # half of it reaches the disk
+                call(args[0], bytes(args[1])[: len(args[1]) // 2])
+            raise Killed
+
+        return wrapped
+
+
+def whole_job(path: Path) -> None:
+    train(new_directory(path))
+    refresh(RunDirectory.open(path))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+def test_killed_at_every_system_call_gives_equal_tables(tmp_path: Path, undisturbed: Results, after: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Killer(patch, at=None)
+        whole_job(tmp_path / "count")
+    assert calls.count > 80  # all of: marker, parts, checkpoints, done.json, derived tables
+    for k in range(1, calls.count + 1):
+        path = tmp_path / f"k{k}"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            Killer(patch, at=k, after=after)
+            whole_job(path)
+        whole_job(path)
+        assert_same_results(path, undisturbed)
+
+
+def test_killed_twice_gives_equal_tables(tmp_path: Path, undisturbed: Results) -> None:
+    """The second kill falls into the clean-up of the first."""
+    for first in range(34, 110, 11):
+        for second in range(1, 40, 9):
+            path = tmp_path / f"{first}-{second}"
+            for k in (first, second):
+                with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+                    Killer(patch, at=k)
+                    whole_job(path)
+            whole_job(path)
+            assert_same_results(path, undisturbed)
+            shutil.rmtree(path)
+
+
+def test_a_process_that_is_really_killed_can_be_resumed(tmp_path: Path, undisturbed: Results) -> None:
+    """SIGKILL from inside, at the rename of the third part: nothing of the interpreter's clean-up runs."""
+    script = (
+        "import os, signal, sys, test_store as t; from pathlib import Path\n"
+        "real = os.replace\n"
+        "def replace(a, b):\n"
+        "    if str(b).endswith('part-00002.parquet'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(a, b)\n"
+        "os.replace = replace\n"
+        "t.whole_job(Path(sys.argv[1]))\n"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    before = status(tmp_path / "out")
+    assert [(b.state, b.steps, b.total) for b in before.blocks] == [("interrupted", 4, STEPS)]
+    assert load(tmp_path / "out").frame["step"].max() == 3  # only what the checkpoint vouches for
+    whole_job(tmp_path / "out")
+    assert_same_results(tmp_path / "out", undisturbed)
+
+
+def test_data_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("write", "fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
+    atomic.write_bytes(tmp_path / "x", b"data")
+    assert calls == ["write", "fsync", "replace", "fsync"]  # the last one is the folder's
+
+
+def test_rows_after_the_checkpoint_do_not_count(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path / "out")
+    train(directory, stop=5)
+    block = BlockWriter(directory, "b0")
+    block.resume()
+    block.rows({"run": ["a0"], "step": [4], "attempt": [0]})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("descentlab.store.block._dump_state", lambda *_: (_ for _ in ()).throw(Killed()))
+        block.checkpoint({}, 5)
+    assert (block.folder / "metrics/part-00002.parquet").exists()
+    assert load(directory.path).frame["step"].max() == 3
+    BlockWriter(directory, "b0").resume()
+    assert not (block.folder / "metrics/part-00002.parquet").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "changed"])
+@pytest.mark.parametrize("file", ["metrics/part-00001.parquet", "hits/part-00000.jsonl", "checkpoint.pt"])
+def test_damage_to_a_covered_file_names_it(tmp_path: Path, file: str, how: str) -> None:
+    directory = new_directory(tmp_path / "out")
+    train(directory, stop=5)
+    target = directory.block_folder("b0") / file
+    data = target.read_bytes()
+    if how == "missing":
+        target.unlink()
+    elif how == "truncated":
+        target.write_bytes(data[: len(data) // 2])
+    else:
+        middle = len(data) // 2
+        target.write_bytes(data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :])
+    if file == "checkpoint.pt" and how == "missing":  # then nothing is covered: the block starts again
+        assert BlockWriter(directory, "b0").resume() is None
+        return
+    with pytest.raises(StudyError, match="delete the block folder .*b0 to recompute it") as caught:
+        BlockWriter(directory, "b0").resume()
+    assert str(target) in str(caught.value) and "\n" not in str(caught.value)
+    shutil.rmtree(directory.block_folder("b0"))  # the advice works
+    train(directory)
+    assert load(directory.path).frame.height == 2 * STEPS
+
+
+def test_damage_to_a_finished_block_names_the_file(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path / "out")
+    train(directory)
+    target = directory.block_folder("b0") / "metrics/part-00000.parquet"
+    target.write_bytes(target.read_bytes()[:-1])
+    with pytest.raises(StudyError, match=r"part-00000\.parquet is damaged"):
+        load(directory.path)
+
+
+def test_other_versions_are_refused(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path / "out")
+    train(directory, stop=5)
+    with pytest.raises(StudyError, match="computed under semantics 1, this version has 2"):
+        BlockWriter(directory, "b0", semantics=2).resume()
+    train(directory)
+    with pytest.raises(StudyError, match="semantics"):
+        _ = BlockWriter(directory, "b0", semantics=2).is_done
+    done = directory.block_folder("b0") / "done.json"
+    done.write_text(done.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(StudyError, match="has format 9, this version reads 1"):
+        load(directory.path)
+
+
+def test_a_truncated_last_line_of_an_appended_file_is_dropped_with_a_warning(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path / "out")
+    directory.append_jsonl("runs.jsonl", [{"run": "a0"}, {"run": "a1"}])
+    path = directory.path / "runs.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert directory.read_jsonl("runs.jsonl") == [{"run": "a0"}]
+    assert directory.read_jsonl("events.jsonl") == []  # a reader never writes: the line may still be on its way
+    new_directory(tmp_path / "out")
+    assert [e["message"] for e in directory.read_jsonl("events.jsonl")] == [
+        "runs.jsonl: the last line was cut short and has been dropped"
+    ]
+    directory.append_jsonl("runs.jsonl", [{"run": "a2"}])
+    assert directory.read_jsonl("runs.jsonl") == [{"run": "a0"}, {"run": "a2"}]
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "events.jsonl", "resolved.jsonl"])
+def test_damage_elsewhere_in_a_jsonl_file_is_an_error(tmp_path: Path, name: str) -> None:
+    directory = new_directory(tmp_path / "out")
+    (directory.path / name).write_text('{"run": "a0"}\n{"ru\n{"run": "a2"}\n')
+    with pytest.raises(StudyError, match=f"{name} is damaged at line 2"):
+        directory.read_jsonl(name)
+
+
+def test_a_replaced_file_may_not_end_in_half_a_line(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path / "out")
+    (directory.path / "campaign.jsonl").write_text('{"case": 0}\n{"ca')
+    with pytest.raises(StudyError, match=r"campaign\.jsonl is damaged at line 2"):
+        directory.read_jsonl("campaign.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------- directories
+
+
+def test_a_foreign_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="an empty directory or one made by descentlab"):
+            RunDirectory.create(tmp_path, "recovery", "", overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="made by descentlab"):
+        RunDirectory.open(tmp_path)
+    with pytest.raises(UserError, match="an existing directory"):
+        RunDirectory.open(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("place", ["below a file", "read-only file system"])
+def test_an_unwritable_directory_is_one_clear_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "out" if place == "below a file" else Path("/proc/descentlab")
+    with pytest.raises(UserError, match="--out = .*: expected a writable directory"):
+        RunDirectory.create(path, "recovery", "")
+
+
+def test_one_directory_holds_one_study_and_one_format(tmp_path: Path) -> None:
+    new_directory(tmp_path / "out")
+    with pytest.raises(UserError, match="a directory of study 'crossed'; it holds 'recovery'"):
+        RunDirectory.create(tmp_path / "out", "crossed", "")
+    (tmp_path / "out/descentlab.json").write_text(json.dumps({"format": 99, "study": "recovery"}))
+    with pytest.raises(UserError, match="a directory of format 1; it has format 99"):
+        RunDirectory.create(tmp_path / "out", "recovery", "")
+    assert RunDirectory.create(tmp_path / "out", "crossed", "", overwrite=True).study == "crossed"
+
+
+def test_overwrite_deletes_results_and_nothing_else(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path)
+    train(directory)
+    (tmp_path / "notes.txt").write_text("mine")
+    RunDirectory.create(tmp_path, "recovery", "study: recovery\n", overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert load(tmp_path).runs == [] and load(tmp_path).frame.height == 0
+    assert directory.block_keys() == []
+
+
+def test_two_writers_exclude_each_other(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path)
+    with directory.lock(), pytest.raises(UserError, match="no other command is writing to"), directory.lock():
+        pass
+    with directory.lock():
+        pass
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_good_state(small_disk: Path) -> None:
+    directory = new_directory(small_disk / "out")
+    train(directory, stop=5)
+    before = load(directory.path).frame
+    block = BlockWriter(directory, "b0")
+    state, step = block.resume() or pytest.fail("no checkpoint")
+    big = {**state, "big": torch.zeros(100_000)}
+    with pytest.raises(
+        StudyError, match=r"disk full while writing .*checkpoint\.pt; the last good state is kept; free space"
+    ):
+        block.checkpoint(big, step + 1)
+    assert equal_tables(load(directory.path).frame, before) == []
+    assert list(small_disk.rglob("*.tmp")) == []
+    train(directory)
+    assert load(directory.path).frame.height == 2 * STEPS
+
+
+# --------------------------------------------------------------------------------------------------- table and the rest
+
+
+def test_the_frame_has_the_settings_that_vary(undisturbed: Results) -> None:
+    results = undisturbed
+    frame = results.frame
+    assert frame.columns[:3] == ["run", "step", "attempt"]
+    assert frame.select("run", "step").rows() == [(r, s) for r in ("a0", "a1") for s in range(STEPS)]
+    assert {"cell", "replicate", "role", "optimizer", "optimizer.lr", "case", "hit_step", "layer", "value"} <= set(
+        frame.columns
+    )
+    assert "batch_size" not in frame.columns
+    assert results.spec == {"batch_size": 64}
+    row = frame.row(by_predicate=(pl.col("run") == "a1") & (pl.col("step") == 3), named=True)
+    assert math.isnan(row["train_loss"])  # measured and not a number: never null
+    assert (row["optimizer"], row["optimizer.lr"], row["hit_step"], row["layer"]) == ("adam", 0.01, 3, "conv1")
+    assert math.isinf(row["value"])
+    assert frame.filter(pl.col("run") == "a0")["bn"].null_count() == STEPS
+    assert results.hits[0]["new"] == [-math.inf]
+    assert results.status[1] == {
+        "run": "a1",
+        "status": "diverged",
+        "steps": STEPS,
+        "message": "",
+        "block": "b0",
+        "diverged_step": 3,
+    }
+    assert results.study == {"study": "recovery"}
+
+
+def test_runs_of_an_older_grid_are_left_over(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path)
+    train(directory)
+    assert leftovers(tmp_path) == []
+    assert set(load(tmp_path).frame["run"]) == {"a0", "a1"}
+    directory.replace_jsonl("resolved.jsonl", [RUNS[0], {**RUNS[1], "id": "new"}])
+    assert leftovers(tmp_path) == ["a1"]
+    results = load(tmp_path)  # the stored table is out of date and must be rebuilt
+    assert set(results.frame["run"]) == {"a0"} and results.hits == []
+    assert [(r["run"], r["status"]) for r in results.status] == [("a0", "done"), ("new", "queued")]
+
+
+def test_a_stored_table_is_used_until_something_changes(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path)
+    train(directory, stop=5)
+    assert load(tmp_path).frame["step"].max() == 3
+    written = (tmp_path / "table.parquet").stat().st_mtime_ns
+    load(tmp_path)
+    assert (tmp_path / "table.parquet").stat().st_mtime_ns == written
+    train(directory)
+    assert load(tmp_path).frame["step"].max() == STEPS - 1
+    (tmp_path / "table.parquet").write_bytes(b"PAR1 rubbish")
+    assert load(tmp_path).frame["step"].max() == STEPS - 1
+
+
+def test_equal_tables_sees_every_kind_of_difference(undisturbed: Results) -> None:
+    frame = undisturbed.frame
+    assert equal_tables(frame, frame.reverse()) == []
+    assert equal_tables(frame, frame.with_columns(pl.lit(1.0).alias(VOLATILE[0]))) == []
+    assert "only in the first" in equal_tables(frame, frame.drop("train_loss"))[0]
+    assert "rows against" in equal_tables(frame, frame.head(3))[0]
+    nudged = frame.with_columns(
+        pl.when(pl.col("step") == 6)
+        .then(pl.col("train_loss") * (1 + 2**-52))
+        .otherwise("train_loss")
+        .alias("train_loss")
+    )
+    assert "2 of 14 rows differ, first at run a0, step 6" in equal_tables(frame, nudged)[0]
+    assert equal_tables(frame, frame.with_columns(pl.col("train_loss").fill_nan(None)))  # null is not NaN
+    assert (
+        "Float64 against Float32" in equal_tables(frame, frame.with_columns(pl.col("train_loss").cast(pl.Float32)))[0]
+    )
+
+
+def test_status_of_every_state(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path)
+    directory.replace_json("plan.json", {"blocks": [{"key": "b0", "runs": ["a0", "a1"], "steps": STEPS}]})
+    assert [(r.state, r.steps) for r in status(tmp_path).runs] == [("queued", 0)] * 2
+    train(directory, stop=5)
+    assert [(b.state, b.steps, b.total) for b in status(tmp_path).blocks] == [
+        ("running", 4, STEPS)
+    ]  # this process lives
+    owner = directory.block_folder("b0") / "owner.json"
+    owner.write_text(owner.read_text().replace('"started": "', '"started": "1'))  # the same id, another process
+    assert status(tmp_path).counts() == {"interrupted": 2}
+    directory.log_path("b0").write_text("epoch 1\nValueError: boom\n\n")
+    BlockWriter(directory, "b0").fail("")
+    assert [(r.state, r.message) for r in status(tmp_path).runs] == [("failed", "ValueError: boom")] * 2
+    train(directory)
+    assert status(tmp_path).counts() == {"done": 1, "diverged": 1}
+
+
+def test_a_block_refuses_what_it_could_not_give_back(tmp_path: Path) -> None:
+    block = BlockWriter(new_directory(tmp_path), "b0")
+    with pytest.raises(RuntimeError, match=r"call resume\(\) before"):
+        block.checkpoint({}, 0)
+    block.resume()
+    with pytest.raises(ValueError, match="rows without attempt"):
+        block.rows({"run": ["a"], "step": [0]})
+    with pytest.raises(ValueError, match="unequal length"):
+        block.rows({"run": ["a"], "step": [0], "attempt": [0, 1]})
+    with pytest.raises(TypeError, match=r"state\['x'\]\[1\] of a checkpoint is a ndarray"):
+        block.checkpoint({"x": [1, np.zeros(2)]}, 0)
+    with pytest.raises(ValueError, match="not a plain folder name"):
+        BlockWriter(block.directory, "../x")
+
+
+def test_buffered_rows_do_not_alias_the_caller(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path)
+    block = BlockWriter(directory, "b0")
+    block.resume()
+    loss = np.ones(1)
+    block.rows({"run": ["a0"], "step": [0], "attempt": [0], "train_loss": loss})
+    loss[:] = 7.0
+    block.checkpoint({}, 1)
+    assert load(tmp_path).frame["train_loss"].to_list() == [1.0]
+
+
+def test_state_comes_back_to_the_bit(tmp_path: Path) -> None:
+    directory = new_directory(tmp_path)
+    state = {
+        "w": torch.tensor([1.0, math.nan, -0.0]),
+        "slots": {"momentum": [torch.arange(3), None], "by_group": {0: (1, 2.5, "x", True)}},
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
+    block = BlockWriter(directory, "b0")
+    assert block.resume() is None
+    block.checkpoint(state, 11)
+    found, step = BlockWriter(directory, "b0").resume() or pytest.fail("no checkpoint")
+    assert (
+        step == 11 and found["slots"]["by_group"] == {0: (1, 2.5, "x", True)} and found["slots"]["momentum"][1] is None
+    )
+    for name in ("w", "half"):
+        assert found[name].dtype == state[name].dtype
+        assert found[name].view(torch.uint8).tolist() == state[name].view(torch.uint8).tolist()
+    assert (
+        torch.load(block.folder / "checkpoint.pt", weights_only=True).keys() == state.keys()
+    )  # plain torch reads it too
+
+
+def test_provenance_has_versions_and_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2-very-secret")
+    directory = new_directory(tmp_path)
+    first = provenance.record(directory, ["descentlab", "run", "recovery"], "cpu")
+    assert first["command"] == ["descentlab", "run", "recovery"] and first["packages"]["torch"]
+    assert first["cores"] >= 1 and first["memory_bytes"] > 2**20 and first["threads"] == 1
+    changed = {**first, "packages": {**first["packages"], "torch": "1.0"}}
+    directory.replace_json("provenance.json", changed)
+    again = provenance.record(directory, ["again"], "cpu")
+    assert [s["command"] for s in again["resumed"]] == [["again"]]
+    assert "torch 1.0 ->" in directory.read_jsonl("events.jsonl")[-1]["message"]
+    assert "hunter2-very-secret" not in (tmp_path / "provenance.json").read_text()
+
+
+floats = st.floats(width=64)
+values = st.one_of(floats, st.lists(floats, max_size=3))
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries({"old": values, "new": values, "step": st.integers(), "layer": st.text()}), max_size=5
+    )
+)
+def test_hits_survive_json(rows: list[dict[str, Any]]) -> None:
+    data = jsonl.encode(rows)
+    for line in data.decode().split("\n")[:-1]:
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    found = jsonl.decode(data, Path("hits.jsonl"))[0]
+    assert repr(found) == repr(rows)  # repr: NaN compares equal, -0.0 does not equal 0.0
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.lists(st.tuples(floats, st.none() | floats, st.integers(-(2**63), 2**63 - 1)), max_size=4), max_size=5),
+    st.data(),
+)
+def test_any_rows_in_any_portions_come_back(portions: list[list[tuple[Any, ...]]], data: st.DataObject) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = new_directory(Path(folder) / "out")
+        block = BlockWriter(directory, "b0")
+        block.resume()
+        step = 0
+        for portion in portions:
+            if portion:
+                x, y, n = (list(column) for column in zip(*portion, strict=True))
+                steps = list(range(step, step + len(portion)))
+                block.rows(
+                    {"run": ["a0"] * len(x), "step": steps, "attempt": [0] * len(x), "x": np.array(x), "y": y, "n": n}
+                )
+                step += len(portion)
+            if data.draw(st.booleans()):
+                block.checkpoint({}, step)
+        block.finish([{"run": "a0", "status": "done", "steps": step}])
+        frame = load(directory.path).frame
+        expected = [row for portion in portions for row in portion]
+        assert frame.height == len(expected)
+        if expected:
+            assert repr(frame.select("x", "y", "n").rows()) == repr(expected)
+
+
+def test_the_cover_is_readable_without_torch(undisturbed: Results, tmp_path: Path) -> None:
+    train(new_directory(tmp_path / "out"), stop=5)
+    script = (
+        "import sys; from descentlab import store; store.load(sys.argv[1]); print(store.status(sys.argv[1]).counts());"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for path in (undisturbed.path, tmp_path / "out"):
+        subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True, timeout=120)
+    assert parts.read_cover(tmp_path / "out/blocks/b0") is not None
