@@ -1,4 +1,4 @@
-"""One thread per process (many tests run side by side) and the markers of tests that need something special."""
+"""One thread per process (many tests run side by side), and skips for tests that need something special."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs an accelerator")
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    config.addinivalue_line("markers", "browser: opens a report in headless Chromium")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

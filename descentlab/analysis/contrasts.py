@@ -10,6 +10,7 @@ import numpy as np
 from .paired import Estimate, Test, detectable, estimate, holm, paired_test
 
 LOWER, HIGHER, NOISE, IDENTICAL, UNTESTED = "lower", "higher", "within noise", "identical", "not tested"
+MIXED = "mixed"  # significant by ranks, while the mean points the other way (a few large differences)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ContrastResult:
     test: Test
     p_holm: float | None
     detectable: float | None
-    verdict: str  # LOWER | HIGHER (mean below or above 0) | NOISE | IDENTICAL | UNTESTED
+    verdict: str  # LOWER | HIGHER (than 0) | MIXED | NOISE | IDENTICAL | UNTESTED
 
 
 def _verdict(result: Estimate, test: Test, p_holm: float | None, alpha: float, identical: bool) -> str:
@@ -41,6 +42,8 @@ def _verdict(result: Estimate, test: Test, p_holm: float | None, alpha: float, i
         return UNTESTED
     if p_holm >= alpha:
         return NOISE
+    if test.direction * result.value <= 0:
+        return MIXED
     return LOWER if result.value < 0 else HIGHER
 
 

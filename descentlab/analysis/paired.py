@@ -34,13 +34,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Test:
-    """A two-sided test of mean (or symmetric) difference zero; ``p`` is None when it was not run, ``note`` says why."""
+    """A two-sided test of mean (or symmetric) difference zero; ``p`` is None when it was not run, ``note`` says why.
+
+    ``direction`` is the sign of what was tested: the mean, or the rank sum, which can differ from the mean's.
+    """
 
     __test__ = False  # not a pytest class
 
     p: float | None
     method: str
     note: str = ""
+    direction: int = 0
 
 
 def replicate_means(values: Iterable[float], replicates: Iterable[Hashable]) -> np.ndarray:
@@ -73,11 +77,11 @@ def estimate(differences: Sequence[float] | np.ndarray, level: float = 0.95, res
     dz = mean / sd
     if n < BOOTSTRAP_FROM:
         half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * sd / math.sqrt(n)
-        return Estimate(mean, n, mean - half, mean + half, f"{level:.0%} paired t interval", sd, dz)
+        return Estimate(mean, n, mean - half, mean + half, f"{100 * level:g} % paired t interval", sd, dz)
     interval = stats.bootstrap(
         (d,), np.mean, n_resamples=resamples, confidence_level=level, method="BCa", rng=np.random.default_rng(SEED)
     ).confidence_interval
-    method = f"{level:.0%} BCa bootstrap over replicates ({resamples} resamples)"
+    method = f"{100 * level:g} % BCa bootstrap over replicates ({resamples} resamples)"
     return Estimate(mean, n, float(interval.low), float(interval.high), method, sd, dz)
 
 
@@ -125,15 +129,17 @@ def paired_test(differences: Sequence[float] | np.ndarray, level: float = 0.05) 
         return Test(None, "none", "not run: every difference is exactly 0")
     zeros = int((d == 0).sum())
     if zeros or np.ptp(d) == 0:
-        why = f"{zeros} exact zeros" if zeros else "all differences equal"
+        why = f"exact zeros: {zeros} of {n}" if zeros else "all differences equal"
         method = f"exact Wilcoxon-Pratt ({why})"
         least = smallest_signed_p(d)
         if least > level:
             return Test(None, method, f"not run: its smallest possible p is {least:.2g}, the level {level:.2g}")
-        return Test(pratt_p(d), method)
+        rank_sum = float(np.sum(stats.rankdata(np.abs(d)) * np.sign(d)))
+        return Test(pratt_p(d), method, direction=int(np.sign(rank_sum)))
+    direction = int(np.sign(d.mean()))
     if n < BOOTSTRAP_FROM:
-        return Test(float(stats.ttest_1samp(d, 0.0).pvalue), "paired t")
-    return Test(sign_flip_p(d), f"sign-flip permutation ({RESAMPLES} draws)")
+        return Test(float(stats.ttest_1samp(d, 0.0).pvalue), "paired t", direction=direction)
+    return Test(sign_flip_p(d), f"sign-flip permutation ({RESAMPLES} draws)", direction=direction)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -150,7 +156,8 @@ def power(effect: float, n: int, alpha: float = 0.05) -> float:
     """Power of the two-sided paired t test at standardized effect d_z = ``effect`` (noncentral t)."""
     critical = stats.t.ppf(1 - alpha / 2, n - 1)
     shift = effect * math.sqrt(n)
-    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
+    wrong_side = stats.nct.cdf(-critical, n - 1, shift) if shift < 8 else 0.0  # below 1e-12 there, and scipy may give NaN
+    return float(stats.nct.sf(critical, n - 1, shift) + wrong_side)
 
 
 def detectable(sd: float | None, n: int, alpha: float = 0.05, wanted: float = 0.8) -> float | None:
@@ -168,4 +175,4 @@ def wilson(events: int, n: int, level: float = 0.95) -> Estimate:
     if n == 0:
         raise ValueError("n: expected at least one replicate")
     interval = stats.binomtest(events, n).proportion_ci(level, method="wilson")
-    return Estimate(events / n, n, float(interval.low), float(interval.high), f"{level:.0%} Wilson interval")
+    return Estimate(events / n, n, float(interval.low), float(interval.high), f"{100 * level:g} % Wilson interval")

@@ -35,7 +35,7 @@ class ConstantStaleness(Option):
 
 
 class RoundRobin(Option):
-    """Asynchronous: workers take turns, each update applies one worker's gradient, ``workers - 1`` versions old (0 on request)."""
+    """Asynchronous: workers take turns; each update applies one gradient, W - 1 versions old (not stale: 0)."""
 
     name: Literal["round_robin"] = "round_robin"
     stale: bool = True

@@ -107,17 +107,17 @@ class Draft:
         field = self._check_path(op)
         registry = schema.registry_of(field)
         values = [self.option(op.path, registry, v) if registry else _leaf(op, field, v) for v in op.values]
-        inside = [axis for axis in self.axes if registry and axis[: len(op.path)] == op.path and axis != op.path]
+        inside = [axis for axis in self.axes if registry and _inside(axis, op.path)]
         for axis in inside:
             del self.axes[axis]
         if op.axis:
-            if schema.is_extent(field):
+            if schema.is_extent(field) or op.path == ("study",):
                 raise UserError(op.key, list(op.values), "one value: it says how much or where to run, not what")
             self.axes[op.path] = self._distinct(op, values)
             _remove(self.base, op.path)
             return inside
         self.axes.pop(op.path, None)
-        block_axes = [axis for axis in self.axes if op.path[: len(axis)] == axis]
+        block_axes = [axis for axis in self.axes if _inside(op.path, axis)]
         if not block_axes:
             self.assign(self.base, op.path, values[0])
         for axis in block_axes:
@@ -131,7 +131,7 @@ class Draft:
     def assign(self, doc: dict[str, Any], path: Path, value: Any) -> None:
         """Set the value at ``path`` in nested settings, filling in the default blocks on the way."""
         cls: type[Spec] | None = self.spec
-        for i, key in enumerate(path[:-1]):
+        for key in path[:-1]:
             field = cls.model_fields[key] if cls is not None else None
             if field is not None and not isinstance(doc.get(key), dict):
                 name = doc.get(key)
@@ -180,7 +180,7 @@ class Draft:
 
     def _examples(self, path: Path) -> list[dict[str, Any]]:
         """The base settings or, with an axis above ``path``, those of each of its values."""
-        above = [axis for axis in self.axes if len(axis) < len(path) and path[: len(axis)] == axis]
+        above = [axis for axis in self.axes if _inside(path, axis)]
         if not above:
             return [self.base]
         axis = max(above, key=len)
@@ -252,7 +252,7 @@ class Draft:
                 self.notes.append(f"{op.key}={_brief(op.shown)} drops the grid over {'.'.join(axis)}")
             if op.path not in before:
                 continue
-            said = {o.path[len(op.path)] for o in ops if len(o.path) > len(op.path) and o.path[: len(op.path)] == op.path}
+            said = {o.path[len(op.path)] for o in ops if _inside(o.path, op.path)}
             for value in op.values:
                 said |= set(value) if isinstance(value, Mapping) else set()
             for old in before[op.path]:
@@ -284,14 +284,19 @@ def takes(spec: type[Spec], doc: Mapping[str, Any], path: Path) -> bool:
 
 
 def _leaf(op: Op, field: FieldInfo, value: Any) -> Any:
-    """A value that is no option, refused where pydantic would turn true into 1, or a list was meant and a grid typed."""
+    """A value that is no option; refused where pydantic would turn true into 1, and where a grid stands for a list."""
     parts = schema.field_parts(field)
-    if isinstance(value, bool):
-        if not any(p is bool or p is Any for p in parts) and any(p is int or p is float for p in parts):
-            raise UserError(op.key, value, "a number")
+    number = any(p is int or p is float for p in parts) and not any(p is bool or p is Any for p in parts)
+    if isinstance(value, bool) and number:
+        raise UserError(op.key, value, "a number")
     if op.axis and not isinstance(value, list) and any(get_origin(p) in (list, tuple) for p in parts):
         raise UserError(op.key, op.shown, "lists", hint=f"for one list write {op.key}={inline(op.shown)}")
     return value
+
+
+def _inside(path: Path, block: Path) -> bool:
+    """Whether ``path`` lies below ``block``."""
+    return len(path) > len(block) and path[: len(block)] == block
 
 
 def _nested(path: Path, value: Any) -> dict[str, Any]:
@@ -313,7 +318,7 @@ def _remove(doc: dict[str, Any], path: Path) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and a == b or (_number(a) and _number(b) and a == b)
+    return (type(a) is type(b) or (_number(a) and _number(b))) and a == b
 
 
 def _number(value: Any) -> bool:

@@ -14,7 +14,7 @@ ID_LENGTH = 12  # hexadecimal digits: 48 bits, a collision in 100,000 runs has o
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and one spelling per number (1.0 is 1, -0.0 is 0), so that equal settings give equal text."""
+    """JSON with sorted keys and one spelling per number (1.0 is 1, -0.0 is 0): equal settings give equal text."""
     return json.dumps(_one_spelling(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 

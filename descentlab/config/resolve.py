@@ -1,4 +1,4 @@
-"""From a study's name or file and ``key=value`` arguments to validated cells and runs; every mistake found before any run."""
+"""From a study's name or file and ``key=value`` arguments to validated cells and runs; mistakes come before any run."""
 
 from __future__ import annotations
 
@@ -158,6 +158,7 @@ def _lay(definition: StudyDef, layer: dict[str, Any], given: Sequence[Override])
     errors += [UserError(key, "a value and a grid", "one of the two") for key in sorted(twice)]
     errors += draft.apply(own, reorder=True)
     typed = [op for o in given if o.path[0] not in _META for op in _override_ops(o)]
+    errors += _repeated(typed)
     errors += draft.apply(typed, say=True)
     for key, ops in zip(("preset", "size"), shipped, strict=True):
         if key in meta:
@@ -184,6 +185,17 @@ def _override_ops(override: Override) -> list[Op]:
     if isinstance(value, Mapping) and value and "name" not in value:
         return ops_of(value, override.path)
     return [Op(override.path, (schema.plain(value),))]
+
+
+def _repeated(ops: Sequence[Op]) -> list[UserError]:
+    """A key given on its own and inside a block without a name: ``observe={every: 2} observe.every=3``."""
+    seen: dict[str, Op] = {}
+    errors = []
+    for op in ops:
+        if op.key in seen:
+            errors.append(UserError(op.key, [seen[op.key].shown, op.shown], "one value per key"))
+        seen[op.key] = op
+    return errors
 
 
 def _meta_error(override: Override) -> UserError:

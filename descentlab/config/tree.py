@@ -59,7 +59,8 @@ class StudyDef:
     spec: type[StudySpec]
     presets: dict[str, dict[str, Any]]
     sizes: dict[str, dict[str, Any]]
-    plan: Callable[[Sequence[Any]], list[tuple[int, int, str, dict[str, Any]]]]  # cells -> (cell, replicate, role, labels)
+    # cells -> (cell index, replicate, role, labels) of each run
+    plan: Callable[[Sequence[Any]], list[tuple[int, int, str, dict[str, Any]]]]
     check: Callable[[Any], None] = lambda cell: None  # cross-field checks of one cell; raises UserError
     options: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     module: str = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -24,18 +24,19 @@ _SCALARS = {
         list("-+.0123456789"),
     ),
 }
+_BREAKS = re.compile("[\n\r\x85\u2028\u2029]")
 
 
 class _Loader(yaml.SafeLoader):
     """Safe loader with YAML 1.2 scalars and no duplicate keys."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
     """Safe dumper that quotes whatever a reader of either YAML version would not take for text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True  # write every value out: a study file is read and edited by people
@@ -70,9 +71,20 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
     return out
 
 
+def _construct_list(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
+    return [loader.construct_object(item, deep=True) for item in node.value]  # refuses a list that contains itself
+
+
+_Loader.add_constructor("tag:yaml.org,2002:seq", _construct_list)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _BREAKS.search(text) else None  # the other styles would fold these away
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(tuple, lambda dumper, data: dumper.represent_list(list(data)))
 
 
@@ -105,7 +117,7 @@ def load_file(path: Path) -> Any:
 
 
 def dump(value: Any) -> str:
-    """Block style in the order given, innermost lists and blocks on one line; :func:`load` gives an equal value back."""
+    """Text in the order given, innermost lists and blocks on one line; :func:`load` gives an equal value back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 

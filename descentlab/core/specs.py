@@ -19,7 +19,9 @@ class Spec(BaseModel):
     the identity of a single run.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
     semantics: ClassVar[int] = 1
 
     def identity(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Engine(ABC):
     recorder: Recorder = field(default_factory=Recorder)
 
     def __post_init__(self) -> None:
-        self.slots = self.plan.slots(self.step)
+        self.slots = self.plan.slots(max(self.step - 1, 0))  # as they were when the state was saved
         if self.state is None:
             self.state = self.initial_state()
         needs: set[str] = set().union(*(o.needs for o in self.parts.observables))
@@ -176,8 +176,8 @@ class Engine(ABC):
         return self._work_split(view, batch, masks, due)
 
     def _due(self, slot: Slot, worker: int) -> bool:
-        planned = slot.planned_at(self.step)
-        return planned is not None and planned.worker == worker
+        found = slot.planned_at(self.step)
+        return found is not None and found[0].worker == worker
 
     def _work_split(self, view: State, batch: Batch, masks: dict, due: list[int]) -> Grads:
         rest = [m for m in range(len(self.slots)) if m not in due]
@@ -207,9 +207,10 @@ class Engine(ABC):
     def _edits(self, m: int) -> dict:
         """The edit of a perturbed member; for its twin the identity at the same site, so both take the same route."""
         slot = self.slots[m]
-        planned = slot.planned_at(self.step)
-        assert planned is not None and self.parts.perturbation is not None
-        if not slot.runs[0].perturbed:
+        found = slot.planned_at(self.step)
+        assert found is not None and self.parts.perturbation is not None
+        planned, perturbed = found
+        if not perturbed:
             return {planned.site: lambda x: x}
         hits: list[Hit] = []
         attempt = int(self.state.clock["attempt"][m])

@@ -26,22 +26,22 @@ def choose_route(*, device: str, has_convolution: bool, module_is_vmappable: boo
 class RunPlan:
     """One run as the engine sees it.
 
-    ``planned`` is the perturbation it meets; a twin carries the same one with ``perturbed`` False, so that it takes
-    the same route on the hit step. ``stop`` counts updates. Evaluations happen at ``anchor`` plus multiples of the
-    study's interval, and after the last update.
+    ``planned``: the perturbations it meets; a twin carries those of the runs it is the control of with ``perturbed``
+    False, so that it takes the same route on the hit steps. ``stop`` counts updates. Evaluations happen at ``anchor``
+    plus multiples of the study's interval, and after the last update.
     """
 
     id: str
     replicate: int
     stop: int
     lr: float
-    planned: Planned | None = None
+    planned: tuple[Planned, ...] = ()
     perturbed: bool = False
     anchor: int = 0
 
     def forks_at(self) -> int | None:
         """The first step at which this run differs from its twin."""
-        return self.planned.step if self.planned is not None and self.perturbed else None
+        return min((p.step for p in self.planned), default=None) if self.perturbed else None
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,13 @@ class Slot:
     def lr(self) -> float:
         return self.runs[0].lr
 
-    def planned_at(self, step: int) -> Planned | None:
-        """The perturbation planned for this step, whether this member meets it or is the twin of one that does."""
-        p = self.runs[0].planned
-        return p if p is not None and p.step == step else None
+    def planned_at(self, step: int) -> tuple[Planned, bool] | None:
+        """The perturbation due at ``step``, and whether this member meets it or is only the twin of one that does."""
+        for run in self.runs:
+            for p in run.planned:
+                if p.step == step:
+                    return p, run.perturbed
+        return None
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ..core.protocols import Hit
 from .program import Slot
-
-COUNTS = ("step", "attempt", "epoch", "samples", "bytes_sent", "nonfinite_grads", "nonfinite_params")
-
 
 @dataclass
 class Recorder:
     """Buffers what happened since the last flush; ``clock_s`` is the (volatile) wall time of the block so far."""
 
     clock_s: float = 0.0
+    diverged: dict[str, int] = field(default_factory=dict)  # run -> first step with a non-finite loss or weight
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _hits: list[dict[str, Any]] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
@@ -36,6 +34,9 @@ class Recorder:
             row = {k: v[m] for k, v in columns.items()}
             row.update({k: v[m] for k, v in scheduled.items() if m in v})
             row["wall_s"] = wall
+            if not math.isfinite(row.get("train_loss", 0.0)) or row.get("nonfinite_params"):
+                for run in slot.runs:
+                    self.diverged.setdefault(run.id, row["step"])
             self._rows.extend({"run": run.id, **row} for run in slot.runs)
 
     def hit(self, slot: Slot, hit: Hit) -> None:
@@ -66,8 +67,3 @@ class Recorder:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-
-def integral(name: str, values: np.ndarray) -> np.ndarray:
-    """Counts as int64, everything else as float64."""
-    return values.astype(np.int64 if name in COUNTS else np.float64)

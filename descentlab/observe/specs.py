@@ -12,3 +12,22 @@ class Observe(Spec):
 
     every: PositiveInt = Field(1, description="steps between rows of the per-step observables")
     evaluate_every: int = Field(10, ge=0, description="steps between evaluations on the test set")
+
+
+# What each column of the table holds. Those of the first group are recorded every ``observe.every`` steps, on the batch
+# of that step; those of the second every ``observe.evaluate_every`` steps, at the weights after the update.
+PER_STEP = {
+    "train_loss": "loss of the step's batch at the weights before the update, in nats",
+    "train_accuracy": "accuracy on the step's batch at the weights before the update, 0 to 1",
+    "lr": "learning rate used",
+    "grad_norm": "Euclidean norm of the gradient that was applied",
+    "update_norm": "Euclidean norm of weights after minus weights before",
+    "slot_max": "largest absolute element of any optimizer slot after the update; null without slots",
+    "bn_var_max": "largest running variance of any BatchNorm layer after the update; null without BatchNorm",
+    "nonfinite_grads": "number of NaN or infinite elements of the gradient",
+    "nonfinite_params": "number of NaN or infinite weights after the update",
+}
+EVALUATED = {
+    "test_loss": "loss on the test set at the weights after the update, in nats",
+    "test_accuracy": "accuracy on the test set at the weights after the update, 0 to 1",
+}

@@ -218,10 +218,10 @@ def draw_intervals(ax: Axes, dots: Sequence[Dot], look: Mapping[str, Look]) -> N
     for place, dot in enumerate(dots):
         mark = look[dot.group]
         if dot.low is not None and dot.high is not None:
-            ax.plot([dot.low, dot.high], [place, place], color=mark.colour, linewidth=1.2, solid_capstyle="butt")
+            ax.plot([dot.low, dot.high], [place, place], color=mark.colour, linewidth=1.1, marker="|", markersize=5, markeredgewidth=1.1)
         label = dot.group if dot.group not in seen else "_nolegend_"
         seen.add(dot.group)
-        ax.plot([dot.value], [place], marker=mark.marker, color=mark.colour, markersize=4.5, linestyle="none", label=label)
+        ax.plot([dot.value], [place], marker=mark.marker, color=mark.colour, markersize=3.8, linestyle="none", label=label)
     ax.set_ylim(len(dots) - 0.4, -0.6)
     ax.grid(axis="y", color="#e4e4e4", linewidth=0.5)
     ax.tick_params(axis="y", length=0)

@@ -42,8 +42,8 @@ def _block(block: Any, images: Mapping[str, bytes]) -> dict[str, Any]:
             "width": round(inches * 132), "wide": inches > 4}  # fmt: skip
 
 
-def html(report: Report, images: Mapping[str, bytes]) -> str:
-    """The page; ``images`` maps each figure's name to its PNG bytes."""
+def html(report: Report, images: Mapping[str, bytes], pdf: bool = True) -> str:
+    """The page; ``images`` maps each figure's name to its PNG bytes, ``pdf`` says whether PDF files exist too."""
     import jinja2
 
     here = resources.files(__package__)
@@ -51,6 +51,7 @@ def html(report: Report, images: Mapping[str, bytes]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(page).render(
         report=report,
+        suffixes="png and pdf" if pdf else "png",
         css=css,
         script=script,
         failures=_table(TableBlock(report.failures.columns, report.failures.rows)),

@@ -26,18 +26,19 @@ def _table(table: TableBlock) -> list[str]:
     return [*lines, "", *([escaped(table.caption), ""] if table.caption else [])]
 
 
-def _block(block: Block) -> list[str]:
+def _block(block: Block, pdf: bool) -> list[str]:
     if isinstance(block, Paragraph):
         return [escaped(block.text), ""]
     if isinstance(block, TableBlock):
         return _table(block)
     assert isinstance(block, FigureBlock)
     path = f"figures/{block.name}"
-    return [f"![{escaped(block.alt)}]({path}.png)", "", f"{escaped(block.caption)} ([PDF]({path}.pdf))", ""]
+    link = f" ([PDF]({path}.pdf))" if pdf else ""
+    return [f"![{escaped(block.alt)}]({path}.png)", "", f"{escaped(block.caption)}{link}", ""]
 
 
-def markdown(report: Report) -> str:
-    """The text of report.md."""
+def markdown(report: Report, pdf: bool = True) -> str:
+    """The text of report.md; ``pdf`` says whether figures also exist as PDF."""
     lines = [f"# {escaped(report.title)}", "", escaped(report.question), ""]
     lines += [part for note in report.notes for part in (f"Note: {escaped(note)}", "")]
     lines += ["## What failed", "", escaped(report.failure_line()), ""]
@@ -53,7 +54,7 @@ def markdown(report: Report) -> str:
     for section in report.sections:
         lines += [f"## {escaped(section.heading)}", ""]
         for block in section.blocks:
-            lines += _block(block)
+            lines += _block(block, pdf)
     lines += ["## Provenance", "", "| key | value |", "|---|---|"]
     lines += [f"| {escaped(key)} | {escaped(value)} |" for key, value in flat(report.provenance)]
     lines += ["", "## Reproduce", "", "```", report.command, "```"]

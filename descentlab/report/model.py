@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,12 @@ class Report:
     def figures(self) -> list[FigureBlock]:
         """Every figure in the order shown."""
         return [block for section in self.sections for block in section.blocks if isinstance(block, FigureBlock)]
+
+    def write(self, directory: Path) -> None:
+        """index.html, report.md, summary.json and figures/ in ``directory``, each replaced as a whole."""
+        from .render import render
+
+        render(self, directory)
 
     def failure_line(self) -> str:
         """One sentence on what failed."""

@@ -19,22 +19,34 @@ DPI = 200
 
 
 def image_bytes(figure: Figure, kind: str) -> bytes:
-    """The figure as ``png`` (200 dpi) or ``pdf`` (embedded TrueType fonts), the same bytes every time."""
+    """The figure as ``png`` (200 dpi) or ``pdf`` (embedded TrueType fonts), the same bytes every time.
+
+    The canvas is asked directly, once the layout is fixed: ``savefig`` would lay out and draw everything twice.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
-    FigureCanvasAgg(figure)
-    metadata = {"Software": None} if kind == "png" else {"CreationDate": None, "Producer": None, "Creator": None}
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    if kind == "png":
+        canvas.print_png(buffer, metadata={"Software": None})
+    else:
+        with matplotlib.rc_context({"pdf.fonttype": 42}):
+            FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None, "Producer": None, "Creator": None})
     return buffer.getvalue()
 
 
-def render(report: Report, directory: Path | str) -> Path:
+def render(report: Report, directory: Path | str, *, pdf: bool = True) -> Path:
     """Write ``report/`` in ``directory``: figures/, report.md, summary.json and, last, index.html; returns its path.
 
-    Figures of an earlier report that this one does not have are removed.
+    Each file is written beside its place and renamed into it. ``pdf=False`` leaves out the PDF of each figure, which
+    takes half of the time. Figures of an earlier report that this one does not have are removed.
     """
     target = Path(directory) / "report"
     figures = target / "figures"
@@ -47,11 +59,12 @@ def render(report: Report, directory: Path | str) -> Path:
     for block in blocks:
         images[block.name] = image_bytes(block.figure, "png")
         write_bytes(figures / f"{block.name}.png", images[block.name])
-        write_bytes(figures / f"{block.name}.pdf", image_bytes(block.figure, "pdf"))
-    write_bytes(target / "report.md", markdown(report).encode())
+        if pdf:
+            write_bytes(figures / f"{block.name}.pdf", image_bytes(block.figure, "pdf"))
+    write_bytes(target / "report.md", markdown(report, pdf).encode())
     write_bytes(target / "summary.json", summary_json(report.summary).encode())
-    write_bytes(target / "index.html", html(report, images).encode())
+    write_bytes(target / "index.html", html(report, images, pdf).encode())
     for old in figures.iterdir():
-        if old.suffix in (".png", ".pdf") and old.stem not in names:
+        if (old.suffix in (".png", ".pdf") and old.stem not in names) or (old.suffix == ".pdf" and not pdf):
             old.unlink()
     return target / "index.html"

@@ -1,4 +1,4 @@
-"""Run directories: writing them so that a kill loses nothing, and reading them back. Importing this imports no torch."""
+"""Run directories: written so that a kill loses nothing, and read back. Importing this imports no torch."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class BlockWriter:
         return (_load_state(self.folder / CHECKPOINT), cover.step) if cover else None
 
     def rows(self, columns: Mapping[str, Any]) -> None:
-        """Buffer rows given as columns of equal length (numpy arrays or lists); ``run``, ``step``, ``attempt`` are required.
+        """Buffer rows given as columns of equal length (arrays or lists), ``run``, ``step`` and ``attempt`` among them.
 
         ``None`` in a list is a missing value; NaN stays NaN. The arrays are copied.
         """

@@ -132,7 +132,7 @@ class RunDirectory:
         write_bytes(self.path / name, jsonl.encode(rows))
 
     def append_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add ``rows`` to the end of ``name`` (one of ``APPENDED``), after mending a last line that a kill cut short."""
+        """Add ``rows`` to the end of ``name`` (one of ``APPENDED``), after mending a last line cut short by a kill."""
         if name not in APPENDED:
             raise ValueError(f"{name} is replaced whole, never appended to")
         self.repair(name)

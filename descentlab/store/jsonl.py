@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core.errors import StudyError
 
-# JSON has no NaN and no infinity. They are written as these strings and read back under the keys that hold measured values.
+# JSON has no NaN and no infinity: they are written as these strings, and read back under the keys that hold values.
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 VALUE_KEYS = frozenset({"old", "new", "value"})
 
@@ -23,7 +23,7 @@ def dumps(row: Any) -> str:
 
 
 def loads(text: str) -> Any:
-    """The inverse of :func:`dumps`: ``"nan"``, ``"inf"``, ``"-inf"`` under ``old``, ``new`` and ``value`` become floats."""
+    """The inverse of :func:`dumps`: ``"nan"``, ``"inf"``, ``"-inf"`` under ``VALUE_KEYS`` become floats."""
     return json.loads(text, object_hook=_restore)
 
 
@@ -35,7 +35,8 @@ def encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def decode(data: bytes, path: Path, *, appended: bool = False) -> tuple[list[dict[str, Any]], int]:
     """Rows of a JSON-lines file and the number of bytes that hold them whole.
 
-    With ``appended`` a last line without its newline is dropped when it does not parse: the writer was killed in the middle of it. Any other damage raises :class:`StudyError`.
+    With ``appended`` a last line that has no newline and does not parse is dropped: the writer was killed in the
+    middle of it. Any other damage raises :class:`StudyError`.
     """
     rows: list[dict[str, Any]] = []
     good = 0

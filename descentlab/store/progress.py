@@ -1,4 +1,7 @@
-"""What has happened so far in a run directory, per block and per run. (The module is not called ``status``: the function is.)"""
+"""What has happened so far in a run directory, per block and per run.
+
+The module is not called ``status`` because ``store.status`` is the function.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ STATES = ("done", "running", "queued", "failed", "diverged", "interrupted")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state (see ``STATES``), server updates completed, a message, and what done.json adds (``diverged_step``)."""
+    """One run: its state (see ``STATES``), server updates completed, a message.
+
+    ``more`` is what done.json adds, such as ``diverged_step``.
+    """
 
     run: str
     state: str
@@ -38,7 +44,10 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class BlockStatus:
-    """One block: its state, server updates completed of ``total`` (None when not recorded), its runs, last line of a failure."""
+    """One block: its state, server updates completed of ``total`` (None when not recorded), its runs.
+
+    ``message`` is the last line of a failure.
+    """
 
     key: str
     state: str

@@ -1,4 +1,4 @@
-"""Where results come from: versions, code, hardware, command. Environment variables are never read: they hold secrets."""
+"""Where results come from: versions, code, hardware, command. Never environment variables: they hold secrets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "provenance.json"
 
 
 def gather(command: Sequence[str] | None = None, device: str = "") -> dict[str, Any]:
-    """Versions, git state of the current directory, hardware, threads, ``command`` (default: this process's), ``device``."""
+    """Versions, git state of the current directory, hardware, threads, ``device``, ``command`` (default: this one)."""
     return {
         "command": list(sys.argv if command is None else command),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -127,7 +127,7 @@ def _widen(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys; a block with a ``name`` also stands under its own key (``optimizer`` = "adam")."""
+    """Nested settings as dotted keys; the ``name`` of a block stands under the block's key (``optimizer`` = "adam")."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         path = f"{prefix}{key}"

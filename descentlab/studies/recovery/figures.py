@@ -74,6 +74,8 @@ def _excess_bars(ax: Axes, chosen: pl.DataFrame, look: dict[str, Look], names: l
     if ax.get_yscale() == "linear":
         room = 0.15 * (high - low)
         ax.set_ylim(low - room * bool((excess < 0).any()), high + room)
+    else:
+        ax.set_ylim(low * (4 if (excess < 0).any() else 1), high * 6)
     ax.set_ylabel("excess test loss (nats)")
     name_ticks(ax, names)
 
@@ -158,9 +160,10 @@ def zoom(recovery: Recovery, before: int = 10) -> Figure:
             ):
                 ax = axes[2 * (index // across) + row, index % across]
                 ax.set_visible(True)
-                _band(ax, steps, *band(aligned(recovery, name, f"{column}_twin", steps, failed)), grey, label="twin (no fault)")
-                own = Look(look[name].colour, "-", "o")
-                _band(ax, steps, *band(aligned(recovery, name, column, steps, failed)), own, label="with the fault")
+                cut = 1.0 if row else np.inf
+                for suffix, line in (("_twin", grey), ("", Look(look[name].colour, "-", "o"))):
+                    shown = band(aligned(recovery, name, f"{column}{suffix}", steps, failed))
+                    _band(ax, steps, *(np.clip(part, 0, cut) for part in shown), line)
                 _hit_line(ax, 0)
                 ax.tick_params(labelleft=index % across == 0, labelbottom=True)
             panel_title(axes[2 * (index // across), index % across], index, name)

@@ -1,0 +1,49 @@
+"""A laboratory for one question: what does an optimizer do when training is not ideal?
+
+The flat public namespace. Importing it imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .store.results import Results
+    from .store.results import load as load
+
+__version__ = "0.1.0"
+
+_HOME = {"load": "store.results"}  # public name -> module, imported on first use
+__all__ = ["__version__", "load", "run"]
+
+
+def run(
+    study: str | Path, *settings: str, out: str | Path | None = None, launcher: str = "pool", overwrite: bool = False
+) -> Results:
+    """Run a study, or what is missing of it, and return its results: ``run("recovery", "optimizer=adam,sgd")``.
+
+    ``study`` is a shipped name or a YAML file, ``settings`` are written as on the command line, ``out`` defaults to
+    ``out/STUDY``. Runs that failed are in ``Results.status``. Raises :class:`~descentlab.core.errors.UserError` for a
+    mistake in the settings, before anything runs.
+    """
+    from .config.resolve import resolve
+    from .launch import api
+    from .store.results import load
+
+    resolved = resolve(study, settings)
+    name = Path(study).stem if Path(study).is_file() else resolved.study.name
+    target = Path("out") / name if out is None else Path(out)
+    api.run(resolved, target, yes=True, launcher=launcher, overwrite=overwrite)
+    return load(target)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,189 @@
+"""``descentlab``: every command. Rooms are imported inside commands, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from ..core.errors import StudyError, UserError
+
+USER_MISTAKE, FAILED, INTERRUPTED = 2, 1, 130
+RESUMABLE = ("run", "rerun")
+
+
+class Commands(TyperGroup):
+    """Turns a user's mistake, a failed study and Ctrl-C into lines on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            code = _fail(str(error), USER_MISTAKE)
+        except StudyError as error:
+            code = _fail(str(error), FAILED)
+        except KeyboardInterrupt:
+            resume = ctx.invoked_subcommand in RESUMABLE
+            again = f"; to resume: {shlex.join(['descentlab', *sys.argv[1:]])}" if resume else ""
+            typer.echo(f"stopped{again}", err=True)
+            code = INTERRUPTED
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="What does an optimizer do when training is not ideal?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: starts faster and looks the same in a file
+    pretty_exceptions_enable=False,
+)
+
+Study = Annotated[str, typer.Argument(metavar="STUDY", help="a study's name, its YAML file, or module:Name")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="optimizer.lr=1e-3 edits, optimizer=adam,sgd widens")
+]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="a directory that run has made")]
+Launcher = Literal["local", "pool"]
+KINDS = "workloads, datasets, models, optimizers, schedules, faults, compressors, timelines, observables or studies"
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    return code
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"descentlab {version('descentlab')}")
+        except PackageNotFoundError:
+            typer.echo("descentlab (version unknown: not installed)")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What does an optimizer do when training is not ideal?"""
+
+
+@app.command()
+def run(
+    study: Study,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="out/STUDY")] = None,
+    dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Print runs and cost; touch nothing.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    launcher: Annotated[Launcher, typer.Option(help="Where blocks of runs are executed.")] = "pool",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete earlier results in --out first.")] = False,
+) -> None:
+    """Run a study, or what is missing of it."""
+    from ..config.resolve import resolve
+    from . import show
+
+    resolved = resolve(study, settings or [])
+    show.settings(resolved)
+    show.notes(resolved)
+    if dry_run:
+        from ..launch.api import estimate
+
+        show.runs(resolved)
+        for line in estimate(resolved):
+            typer.echo(line)
+        return
+    from ..launch import api
+
+    target = out or Path("out") / default_name(study, resolved.study.name)
+    raise typer.Exit(api.run(resolved, target, yes=yes, launcher=launcher, overwrite=overwrite))
+
+
+def default_name(study: str, name: str) -> str:
+    """The directory below ``out`` for a study: the name of its file, if it has one, else its own."""
+    path = Path(study)
+    return path.stem if path.suffix.lower() in (".yaml", ".yml") or path.is_file() else name
+
+
+@app.command()
+def show(
+    study: Study,
+    settings: Settings = None,
+    runs: Annotated[bool, typer.Option("--runs", help="One line per run, its id first, and nothing else.")] = False,
+) -> None:
+    """Print a study's settings or runs."""
+    from ..config.resolve import resolve
+    from . import show as printer
+
+    resolved = resolve(study, settings or [])
+    if runs:
+        printer.runs(resolved)
+        return
+    typer.echo(f"{resolved.study.name}: {resolved.study.question}")
+    printer.settings(resolved)
+    printer.notes(resolved)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=KINDS)],
+) -> None:
+    """Print what there is to choose from."""
+    from . import show as printer
+
+    printer.choices(kind)
+
+
+@app.command()
+def status(directory: Directory) -> None:
+    """Print how far the runs of a directory are."""
+    from .. import store
+    from . import show as printer
+
+    printer.status(store.status(directory))
+
+
+@app.command()
+def report(directory: Directory) -> None:
+    """Write a directory's report again."""
+    from ..launch import api
+
+    typer.echo(api.report(directory))
+
+
+@app.command()
+def table(
+    directory: Directory,
+    format_: Annotated[
+        Literal["csv", "parquet"] | None, typer.Option("--format", help="csv, or what FILE ends in.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write here instead of standard output.")] = None,
+) -> None:
+    """Print or write a directory's table."""
+    from .tables import write
+
+    write(directory, format_, out)
+
+
+@app.command()
+def rerun(directory: Directory) -> None:
+    """Run the study.yaml of a directory in it."""
+    from ..launch import api
+
+    raise typer.Exit(api.rerun(directory))
+
+
+def main() -> None:
+    """The console script."""
+    sys.path.append(os.getcwd())  # module:Name may lie beside the user's study, as with python -m
+    app(prog_name="descentlab")

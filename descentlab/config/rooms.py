@@ -1,0 +1,64 @@
+"""What there is to choose from, for lists and help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..cluster.specs import TIMELINES
+from ..comm.specs import COMPRESSORS
+from ..core.errors import UserError, nearest
+from ..core.specs import Option, Registry
+from ..observe.specs import EVALUATED, PER_STEP, Observe
+from ..optim.specs import OPTIMIZERS, SCHEDULES
+from ..perturb.specs import FAULTS
+from ..workloads.specs import DATASETS, MODELS
+from . import schema
+
+REGISTRIES: dict[str, tuple[Registry, ...]] = {
+    "workloads": (DATASETS, MODELS),
+    "datasets": (DATASETS,),
+    "models": (MODELS,),
+    "optimizers": (OPTIMIZERS,),
+    "schedules": (SCHEDULES,),
+    "faults": (FAULTS,),
+    "compressors": (COMPRESSORS,),
+    "timelines": (TIMELINES,),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to choose: the key it is chosen with, its name, one line about it, and its settings with defaults."""
+
+    key: str
+    name: str
+    summary: str
+    defaults: dict[str, Any]
+
+
+def kinds() -> list[str]:
+    """The kinds of things that :func:`entries` knows."""
+    return [*REGISTRIES, "observables"]
+
+
+def entries(kind: str) -> list[Entry]:
+    """All entries of one kind; an unknown kind is a UserError with the nearest known one."""
+    if kind == "observables":
+        return _observables()
+    if kind not in REGISTRIES:
+        raise UserError("KIND", kind, f"one of {', '.join(kinds())}", hint=nearest(kind, kinds()))
+    return [_entry(registry.room, name, cls) for registry in REGISTRIES[kind] for name, cls in registry.options.items()]
+
+
+def _entry(room: str, name: str, cls: type[Option]) -> Entry:
+    summary = (cls.__doc__ or "").strip().split("\n")[0].replace("``", "'")
+    return Entry(room, name, summary, {k: schema.default_of(cls.model_fields[k]) for k in schema.settings_of(cls)})
+
+
+def _observables() -> list[Entry]:
+    schedule = Observe()
+    every, evaluate = {"observe.every": schedule.every}, {"observe.evaluate_every": schedule.evaluate_every}
+    return [Entry("observe", name, text, every) for name, text in PER_STEP.items()] + [
+        Entry("observe", name, text, evaluate) for name, text in EVALUATED.items()
+    ]

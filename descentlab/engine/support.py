@@ -1,0 +1,42 @@
+"""Which conditions an engine meets, and why it refuses the others. Nothing is ever ignored silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+ENGINES = ("lockstep", "virtual", "process")
+ROOMS = ("fault", "timeline", "compressor", "optimizer", "schedule")
+_ABSENT = ("fault:none", "compressor:none", "schedule:constant")
+
+_LOCKSTEP = {"timeline": "lockstep reads the current weights; use engine virtual"}
+_PROCESS = {
+    "fault": "not supported by the parameter server: which update a worker's gradient becomes is known only afterwards; "
+    "use engine virtual",
+    "timeline": "the parameter server's staleness is whatever its processes happen to do; use engine virtual",
+    "compressor": "not supported by the parameter server yet; use engine virtual",
+}
+
+
+def refusal(engine: str, conditions: Iterable[str]) -> str | None:
+    """Why ``engine`` cannot run these conditions together, or None when it can.
+
+    A condition is ``room:option``, such as ``fault:N16_RD``, ``timeline:constant``, ``compressor:powersgd``,
+    ``optimizer:adam``, ``schedule:linear``; options that change nothing (``fault:none``) may be named. ValueError for
+    an engine or a room this function does not know, so that a new one cannot slip through.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine = {engine!r}: expected one of {', '.join(ENGINES)}")
+    chosen: dict[str, str] = {}
+    for condition in sorted(set(conditions) - set(_ABSENT)):
+        room, _, option = condition.partition(":")
+        if room not in ROOMS or not option:
+            raise ValueError(f"condition = {condition!r}: expected room:option with a room of {', '.join(ROOMS)}")
+        if room in chosen:
+            return f"{chosen[room]} and {condition}: a run has one {room}"
+        chosen[room] = condition
+    for room, condition in chosen.items():
+        if engine == "lockstep" and condition != "timeline:barrier" and room in _LOCKSTEP:
+            return f"{condition}: {_LOCKSTEP[room]}"
+        if engine == "process" and room in _PROCESS:
+            return f"{condition}: {_PROCESS[room]}"
+    return None

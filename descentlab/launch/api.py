@@ -1,0 +1,232 @@
+"""The commands behind the command line: run, estimate, rerun, report."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ..config.resolve import Resolved, resolve
+from ..config.yaml12 import dump
+from ..core.errors import StudyError, UserError
+from ..store import BlockWriter, RunDirectory
+from ..store import load as load_results
+from .pool import Outcome, Pool
+from .progress import Progress
+
+RUNS_WITHOUT_ASKING = 10_000
+
+
+def run(resolved: Resolved, out: Path, *, yes: bool = False, launcher: str = "pool", overwrite: bool = False) -> int:
+    """Run what of the study is not done yet, then write table and report; 0, 1 if a block failed, 130 if interrupted.
+
+    ``launcher``: ``pool`` (worker processes on this machine) or ``local`` (in this process).
+    """
+    if launcher not in ("pool", "local"):
+        raise UserError("--launcher", launcher, "pool or local")
+    if len(resolved.runs) > RUNS_WITHOUT_ASKING and not yes:
+        raise UserError("runs", len(resolved.runs), f"at most {RUNS_WITHOUT_ASKING} without -y")
+    _check_device(resolved)
+    directory = RunDirectory.create(out, resolved.study.name, dump(resolved.document), overwrite=overwrite)
+    with directory.lock(), _stop_on_signals() as stop:
+        size = _processes(resolved) if launcher == "pool" else 0
+        with Pool(size) if size else nullcontext() as pool:
+            outcomes = _execute(resolved, directory, pool, stop)
+        return _conclude(resolved, directory, outcomes, interrupted=stop.is_set())
+
+
+def _check_device(resolved: Resolved) -> None:
+    for asked in dict.fromkeys(cell.device for cell in resolved.cells):
+        if asked not in ("auto", "cpu"):  # only then is torch needed to answer
+            from .build import resolve_device
+
+            resolve_device(asked)
+
+
+def _processes(resolved: Resolved) -> int:
+    asked = resolved.cells[0].processes
+    return asked or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else asked or os.cpu_count() or 1
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM asks for a checkpoint and an orderly end; the second ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print("stopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _execute(resolved: Resolved, directory: RunDirectory, pool: Any, stop: threading.Event) -> list[Outcome]:
+    plan = prepare(resolved, directory)
+    wanted = {run.id for run in resolved.runs}
+    blocks = [b for b in plan["blocks"] if wanted & set(b["runs"])]
+    pending = [b for b in blocks if not BlockWriter(directory, b["key"], semantics=plan["semantics"]).is_done]
+    if not pending:
+        print(f"nothing left to run: all {len(wanted)} runs are done", file=sys.stderr)
+        return []
+    pending.sort(key=lambda b: -b["member_steps"])
+    done = len(wanted) - len({r for b in pending for r in b["runs"]} & wanted)
+    if done:
+        print(f"resuming: {done} of {len(wanted)} runs are done", file=sys.stderr)
+    keys = [b["key"] for b in pending]
+    with Progress(sum(b["member_steps"] for b in pending), resolved.study.name) as progress:
+        if pool is not None:
+            outcomes = pool.run(directory.path, keys, tick=progress.tick, stop=stop.is_set)
+        else:
+            outcomes = _in_process(directory.path, keys, progress, stop)
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            BlockWriter(directory, outcome.key).fail(outcome.message)
+            directory.event("failed", outcome.message, block=outcome.key)
+    return outcomes
+
+
+def _in_process(path: Path, keys: Sequence[str], progress: Progress, stop: threading.Event) -> list[Outcome]:
+    import torch
+
+    from .block import run_block
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    outcomes = []
+    try:
+        for key in keys:
+            if stop.is_set():
+                break
+            outcomes.append(Outcome(key, run_block(path, key, tick=progress.tick, stop=stop.is_set)))
+    finally:
+        torch.set_num_threads(threads)
+    return outcomes
+
+
+def prepare(resolved: Resolved, directory: RunDirectory) -> dict[str, Any]:
+    """Write resolved.jsonl, campaign.jsonl, plan.json and provenance.json; returns the plan."""
+    from ..store.provenance import record
+    from .build import resolve_device
+    from .plan import make_plan
+
+    known = directory.read_json("plan.json") if (directory.path / "plan.json").is_file() else {}
+    plan, campaign = make_plan(resolved, known)
+    directory.replace_json("plan.json", plan)
+    directory.replace_jsonl("campaign.jsonl", campaign)
+    directory.replace_jsonl("resolved.jsonl", resolved_rows(resolved))
+    record(directory, sys.argv, str(resolve_device(resolved.cells[0].device)))
+    return plan
+
+
+def resolved_rows(resolved: Resolved) -> list[dict[str, Any]]:
+    """One line per run: id, cell, replicate, role, labels, settings."""
+    settings = [cell.model_dump(mode="json") for cell in resolved.cells]
+    return [
+        {
+            "id": r.id,
+            "cell": r.cell,
+            "replicate": r.replicate,
+            "role": r.role,
+            "labels": dict(r.labels),
+            "settings": settings[r.cell],
+        }
+        for r in resolved.runs
+    ]
+
+
+def _conclude(resolved: Resolved, directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupted: bool) -> int:
+    from ..store import leftovers, status
+
+    failed = [o for o in outcomes if o.state == "failed"]
+    for outcome in failed:
+        print(f"failed: block {outcome.key}: {outcome.message} (log: {directory.log_path(outcome.key)})", file=sys.stderr)
+    rows = [s.to_row() for s in status(directory.path).runs]
+    directory.replace_jsonl("runs.jsonl", rows)
+    if interrupted:
+        directory.event("interrupted", "stopped by a signal")
+        left = sum(row["status"] not in ("done", "diverged") for row in rows)
+        print(f"interrupted: {left} of {len(rows)} runs left; the same command resumes", file=sys.stderr)
+        return 130
+    old = leftovers(directory.path)
+    if old:
+        print(f"{len(old)} runs of an earlier grid are kept in {directory.path} and left out of the report", file=sys.stderr)
+    if not all(row["status"] == "failed" for row in rows):
+        page = report(directory.path)
+        print(f"report: {page}")
+    return 1 if failed else 0
+
+
+def report(path: Path) -> Path:
+    """Write table.parquet and report/ from what is on disk; prints the answers; returns report/index.html."""
+    results = load_results(path)
+    if results.frame.is_empty():
+        raise StudyError(f"{path} holds no finished step yet; run the study first")
+    module, _, name = resolve(Path(path) / "study.yaml").study.report.partition(":")
+    made = getattr(importlib.import_module(module), name)(results)
+    made.write(Path(path) / "report")
+    for verdict in made.verdicts:
+        print(verdict.text)
+    return Path(path) / "report" / "index.html"
+
+
+def rerun(path: Path) -> int:
+    """Run again what failed or was interrupted, with the settings of the directory."""
+    directory = RunDirectory.open(path)
+    return run(resolve(directory.path / "study.yaml"), Path(path))
+
+
+def estimate(resolved: Resolved) -> list[str]:
+    """What ``run`` would cost: runs, blocks, member-steps, and a time measured on a few updates of the first block."""
+    from .plan import make_plan
+
+    _check_device(resolved)
+    plan, _ = make_plan(resolved, {})
+    units = sum(b["member_steps"] for b in plan["blocks"])
+    cost = _seconds_per_unit(plan)
+    processes = min(_processes(resolved), len(plan["blocks"]))
+    seconds = units * cost / processes
+    shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return [
+        f"{len(resolved.runs)} runs in {len(plan['blocks'])} blocks, {units} member-steps",
+        f"about {shown} on {processes} processes ({1e6 * cost:.0f} us per member-step, measured now)",
+    ]
+
+
+def _seconds_per_unit(plan: dict[str, Any], updates: int = 12) -> float:
+    import time
+
+    import torch
+
+    from ..engine.recorder import Recorder
+    from .block import build_engine
+    from .plan import read_block
+
+    torch.set_num_threads(1)
+    module, _, name = plan["spec"].partition(":")
+    block = read_block(plan["blocks"][0])
+    cell = getattr(importlib.import_module(module), name).model_validate(block.settings)
+    engine = build_engine(block, cell, None, 0, Recorder())
+    units, started = 0, 0.0
+    for i, progress in enumerate(engine.run()):
+        if i == 2:
+            units, started = 0, time.perf_counter()
+        units += progress.member_steps
+        if i >= updates:
+            break
+    return (time.perf_counter() - started) / max(units, 1)

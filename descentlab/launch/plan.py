@@ -1,0 +1,234 @@
+"""Packs runs into blocks and writes the decision down once, so that resume, pool and cluster obey the same plan."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..config.identity import canonical
+from ..config.resolve import Resolved
+from ..config.tree import Run, StudyDef
+from ..core.errors import StudyError, UserError
+from ..core.opmode import Site as OpSite
+from ..core.protocols import Planned
+from ..engine.program import MEMBERS_PER_BLOCK, BlockPlan, Route, RunPlan
+from .build import Site, plan_fault, survey
+
+SEMANTICS = 1  # raised when the same plan would compute something else
+
+
+class Program(Protocol):
+    """What a study's ``program`` module says about one cell."""
+
+    def engine(self, cell: Any) -> str:
+        """``lockstep`` or ``virtual``."""
+        ...
+
+    def horizon(self, cell: Any, planned: Sequence[Planned]) -> tuple[int, int]:
+        """(updates to make, step from which evaluations are counted)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block and the settings its parts are built from."""
+
+    plan: BlockPlan
+    engine: str
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return self.plan.key
+
+
+def program_of(study: StudyDef) -> Any:
+    """The study's program module."""
+    return importlib.import_module(study.module)
+
+
+def group_text(cell: Any) -> str:
+    """Cells that differ in their fault only may share blocks: canonical text of everything else."""
+    settings = cell.model_dump(mode="json")
+    for key in ("fault", *(k for k, f in type(cell).model_fields.items() if _is_extent(f))):
+        settings.pop(key, None)
+    return canonical(settings)
+
+
+def _is_extent(field: Any) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("extent"))
+
+
+def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(plan.json, campaign.jsonl) for the resolved study.
+
+    ``known`` is the plan already on disk: its blocks stay as they are, only runs it does not hold are packed anew.
+    """
+    program = program_of(resolved.study)
+    held = {run for block in known.get("blocks", []) for run in block["runs"]}
+    blocks, campaign = list(known.get("blocks", [])), []
+    groups: dict[str, list[Run]] = {}
+    for run in resolved.runs:
+        groups.setdefault(group_text(resolved.cells[run.cell]), []).append(run)
+    sites: dict[str, Site] = {}
+    for text, runs in groups.items():
+        cells = {run.cell: resolved.cells[run.cell] for run in runs}
+        first = next(iter(cells.values()))
+        site = sites.setdefault(_model_text(first), survey(first))
+        planned = _plan_group(cells, runs, site)
+        campaign += _campaign_rows(planned, site, cells)
+        plans = [_run_plan(program, cells[r.cell], r, planned) for r in runs if r.id not in held]
+        share = bool(getattr(first, "share_prefix", True))
+        settings = next((c for c in cells.values() if getattr(c, "fault", None) and c.fault.name != "none"), first)
+        for members in _pack(plans, site.route):
+            blocks.append(_block_json(text, members, site.route, share, program.engine(first), settings))
+    _check_route(known)
+    spec = f"{resolved.study.spec.__module__}:{resolved.study.spec.__qualname__}"
+    return {"semantics": SEMANTICS, "spec": spec, "threads_per_process": 1, "blocks": blocks}, _unique(campaign)
+
+
+def _check_route(known: dict[str, Any]) -> None:
+    if known and known.get("semantics") != SEMANTICS:
+        raise StudyError("plan.json was made by another version of descentlab; use --overwrite or another --out")
+
+
+def _model_text(cell: Any) -> str:
+    return canonical([cell.model.model_dump(), cell.dataset.model_dump(), cell.batch_size, cell.seed, cell.dtype])
+
+
+def _plan_group(cells: dict[int, Any], runs: Sequence[Run], site: Site) -> dict[tuple[int, int], Planned]:
+    """(cell, replicate) -> what is planned there."""
+    planned = {}
+    for run in runs:
+        cell = cells[run.cell]
+        if getattr(cell, "fault", None) is not None and (run.cell, run.replicate) not in planned:
+            case = int(run.labels.get("case", run.replicate))
+            fault = plan_fault(cell, case, run.replicate, site)
+            if fault is not None:
+                planned[run.cell, run.replicate] = fault
+    return planned
+
+
+def _run_plan(program: Program, cell: Any, run: Run, planned: dict[tuple[int, int], Planned]) -> RunPlan:
+    own = planned.get((run.cell, run.replicate))
+    shadows = [p for (c, replicate), p in planned.items() if replicate == run.replicate]
+    faults = (own,) if own is not None else tuple(dict.fromkeys(shadows))
+    stop, anchor = program.horizon(cell, faults)
+    perturbed = run.role == "fault"
+    if perturbed and own is not None and own.step >= stop:
+        last = getattr(cell.fault, "last_epoch", None)
+        raise UserError("fault.last_epoch", last, f"an epoch within training; a fault at step {own.step} never fires in {stop} steps")
+    return RunPlan(run.id, run.replicate, stop, float(cell.optimizer.lr), faults, perturbed, anchor)
+
+
+def _pack(plans: Sequence[RunPlan], route: Route) -> list[list[RunPlan]]:
+    """Whole replicates together, about ``MEMBERS_PER_BLOCK`` members to a block."""
+    by_replicate: dict[int, list[RunPlan]] = {}
+    for plan in plans:
+        by_replicate.setdefault(plan.replicate, []).append(plan)
+    packed: list[list[RunPlan]] = []
+    for members in by_replicate.values():
+        if packed and len(packed[-1]) + len(members) <= MEMBERS_PER_BLOCK[route]:
+            packed[-1] += members
+        else:
+            packed.append(list(members))
+    return packed
+
+
+def _block_json(
+    text: str, members: list[RunPlan], route: Route, share: bool, engine: str, settings: Any
+) -> dict[str, Any]:
+    key = hashlib.sha256(json.dumps([text, [m.id for m in members], route]).encode()).hexdigest()[:12]
+    block = BlockPlan(key, 0, route, tuple(members), share)
+    return {
+        "key": key,
+        "runs": [m.id for m in members],
+        "steps": block.stop,
+        "member_steps": block.work_units(),
+        "route": route,
+        "engine": engine,
+        "share_prefix": share,
+        "settings": settings.model_dump(mode="json"),
+        "plans": [_run_json(m) for m in members],
+    }
+
+
+def _run_json(run: RunPlan) -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "replicate": run.replicate,
+        "stop": run.stop,
+        "lr": run.lr,
+        "perturbed": run.perturbed,
+        "anchor": run.anchor,
+        "planned": [planned_json(p) for p in run.planned],
+    }
+
+
+def planned_json(p: Planned) -> dict[str, Any]:
+    """One planned perturbation as campaign.jsonl and plan.json store it."""
+    return {
+        "case": p.case,
+        "step": p.step,
+        "worker": p.worker,
+        "site": f"{p.site.direction}/{p.site.operand}",
+        "layer": p.site.layer,
+        "call": p.site.call,
+        "rule": dict(p.rule),
+        "index": list(p.index),
+        "shape": list(p.shape),
+    }
+
+
+def planned_from_json(d: dict[str, Any]) -> Planned:
+    """Inverse of :func:`planned_json`."""
+    direction, operand = d["site"].split("/")
+    site = OpSite(d["layer"], d["call"], direction, operand)
+    return Planned(d["case"], d["step"], site, tuple(d["index"]), d["rule"], tuple(d["shape"]), d["worker"])
+
+
+def read_block(block: dict[str, Any]) -> Block:
+    """A block of plan.json, ready to run."""
+    runs = tuple(
+        RunPlan(
+            r["id"],
+            r["replicate"],
+            r["stop"],
+            r["lr"],
+            tuple(planned_from_json(p) for p in r["planned"]),
+            r["perturbed"],
+            r["anchor"],
+        )
+        for r in block["plans"]
+    )
+    plan = BlockPlan(block["key"], 0, block["route"], runs, block["share_prefix"])
+    return Block(plan, block["engine"], block["settings"])
+
+
+def _campaign_rows(
+    planned: dict[tuple[int, int], Planned], site: Site, cells: dict[int, Any]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "replicate": replicate,
+            "epoch": p.step // site.steps_per_epoch,
+            "fault": cells[cell].fault.name,
+            "cell": cell,
+            **planned_json(p),
+        }
+        for (cell, replicate), p in planned.items()
+    ]
+
+
+def _unique(campaign: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per case: cells that plan the same perturbation are listed together."""
+    merged: dict[str, dict[str, Any]] = {}
+    for row in campaign:
+        cell = row.pop("cell")
+        merged.setdefault(json.dumps(row, sort_keys=True), {**row, "cells": []})["cells"].append(cell)
+    return sorted(merged.values(), key=lambda row: (row["cells"][0], row["case"]))

@@ -1,0 +1,97 @@
+"""A worker process of the local pool: ``python -m descentlab.launch.worker``.
+
+One JSON object per line. In: ``{"block": key, "path": DIR}`` or ``{"stop": true}``; end of input also stops it, so a
+worker never outlives the process that started it. Out: ``{"ready"}``, ``{"steps": n}`` (at most five times a second),
+``{"outcome", "message"}``. Whatever user code prints goes to the block's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+REPORT_S = 0.2
+
+
+def _listen(source: TextIO, orders: queue.Queue[dict[str, Any] | None], stopping: threading.Event) -> None:
+    for line in source:
+        order = json.loads(line)
+        if order.get("stop"):
+            break
+        orders.put(order)
+    stopping.set()
+    orders.put(None)
+
+
+class _Reporter:
+    """Sums the member-steps and passes them on a few times a second."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out, self.steps, self.last = out, 0, time.monotonic()
+
+    def tick(self, member_steps: int) -> None:
+        self.steps += member_steps
+        if time.monotonic() - self.last >= REPORT_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.steps:
+            say(self.out, steps=self.steps)
+        self.steps, self.last = 0, time.monotonic()
+
+
+def say(out: TextIO, **message: Any) -> None:
+    """One line to the parent; a parent that is gone is noticed on the input side."""
+    try:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+    except BrokenPipeError:
+        pass
+
+
+def main() -> None:
+    """Serve blocks until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    stopping = threading.Event()
+    threading.Thread(target=_listen, args=(sys.stdin, orders, stopping), daemon=True).start()
+
+    import torch
+
+    torch.set_num_threads(1)
+    from .block import run_block  # after torch: this is the slow part, done while the parent still plans
+
+    say(out, ready=True)
+    while (order := orders.get()) is not None:
+        reporter = _Reporter(out)
+        outcome, message = _serve(run_block, order, reporter, stopping)
+        reporter.flush()
+        say(out, outcome=outcome, message=message)
+
+
+def _serve(run_block: Any, order: dict[str, Any], reporter: _Reporter, stopping: threading.Event) -> tuple[str, str]:
+    path, key = Path(order["path"]), order["block"]
+    (path / "logs").mkdir(exist_ok=True)
+    with (path / "logs" / f"{key}.log").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), 2)
+        os.dup2(log.fileno(), 1)
+        try:
+            return run_block(path, key, tick=reporter.tick, stop=stopping.is_set), ""
+        except BaseException as error:  # any failure of one block must not take the others with it
+            traceback.print_exc()
+            sys.stderr.flush()
+            return "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""How the crossed study runs: virtual workers on a virtual clock, all conditions for the same number of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...core.protocols import Planned
+from .spec import CrossedSpec
+
+
+def engine(cell: CrossedSpec) -> str:
+    """Always the virtual clock: with a barrier it equals lockstep to the bit."""
+    return "virtual"
+
+
+def horizon(cell: CrossedSpec, planned: Sequence[Planned]) -> tuple[int, int]:
+    """``steps`` updates; evaluated so that the last one is."""
+    every = cell.observe.evaluate_every or cell.steps
+    return cell.steps, (cell.steps - 1) % every

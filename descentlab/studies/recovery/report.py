@@ -1,0 +1,201 @@
+"""The report of the recovery study: what failed, the planned contrasts, then everything behind them."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from ...analysis.contrasts import HIGHER, IDENTICAL, LOWER, MIXED, UNTESTED, Contrast, ContrastResult, analyse
+from ...analysis.paired import Estimate, estimate, wilson
+from ...analysis.recovery import STREAK, TOLERANCE_NATS, Recovery, analyse_recovery
+from ...analysis.results import ResultsLike, class_count, planned_pairs
+from ...core.errors import StudyError
+from ...report import FigureBlock, Paragraph, Report, Section, SummaryItem, Verdict
+from ...report.figures import Dot, interval_plot
+from ..common import (
+    command_text, contrast_item, contrast_table, failure_rule_text, interval_text, percent_range, plain_item,
+    shown_provenance, statistics_text, verdict_detail,
+)  # fmt: skip
+from . import figures, tables
+from .overview import head_to_head, overview, shared_cases
+from .spec import STUDY
+
+MEASURE = "excess test loss over the twin"
+
+
+def contrasts_of(recovery: Recovery) -> tuple[list[tuple[str, str]], list[ContrastResult], list[Estimate]]:
+    """All pairs of optimizers: names, the tested differences in excess test loss, and those in accuracy beside them."""
+    pairs, planned, beside = [], [], []
+    for first, second in planned_pairs(recovery.cells):
+        a, b = recovery.labels[first], recovery.labels[second]
+        loss = np.subtract(*shared_cases(recovery, a, b, "excess_test_loss"))
+        if not len(loss):
+            continue
+        pairs.append((a, b))
+        planned.append(Contrast(f"{a} \u2212 {b}", loss))
+        beside.append(estimate(np.subtract(*shared_cases(recovery, a, b, "excess_test_accuracy"))))
+    return pairs, analyse(planned), beside
+
+
+def _contrast_verdict(pair: tuple[str, str], result: ContrastResult) -> Verdict:
+    a, b = pair
+    size = f"{abs(result.estimate.value):.3g} nats"
+    text = {
+        LOWER: f"{a} against {b}: {a} ends with {size} less excess test loss",
+        HIGHER: f"{a} against {b}: {b} ends with {size} less excess test loss",
+        MIXED: f"{a} against {b}: mixed, {a if result.test.direction < 0 else b} is better in most cases, the other in the mean",
+        IDENTICAL: f"{a} against {b}: identical in every case",
+        UNTESTED: f"{a} against {b}: not tested",
+    }.get(result.verdict, f"{a} against {b}: within noise")
+    return Verdict(text, verdict_detail(result))
+
+
+def _condition_verdict(recovery: Recovery, name: str) -> Verdict:
+    rows = tables.own(recovery, name)
+    if rows.is_empty():
+        return Verdict(f"{name}: no finished case")
+    found = estimate(rows["excess_test_loss"].to_numpy())
+    failed = int(rows["failed"].sum())
+    inside = found.low is not None and found.high is not None and found.low <= 0 <= found.high
+    noise = "; the interval includes 0: within noise" if inside and found.sd else ""
+    rate = percent_range(wilson(failed, len(rows)))
+    detail = f"{found.method}, n = {found.n} cases; failed {failed} of {len(rows)}, {rate} (Wilson){noise}"
+    return Verdict(f"{name}: {MEASURE} {interval_text(found, 'nats')}", detail)
+
+
+def _summary(recovery: Recovery, pairs: list[tuple[str, str]], results: list[ContrastResult], beside: list[Estimate]) -> dict[str, SummaryItem]:
+    summary = tables.condition_summary(recovery)
+    wins = head_to_head(recovery)
+    for (a, b), result, accuracy in zip(pairs, results, beside, strict=True):
+        key = f"recovery/{a}-vs-{b}"
+        summary[f"{key}/excess_test_loss"] = contrast_item(result)
+        method = f"{accuracy.method}; not tested"
+        summary[f"{key}/excess_test_accuracy"] = SummaryItem(accuracy.value, accuracy.n, accuracy.low, accuracy.high, method)
+        won, tied, lost = wins[a, b]
+        share = (won + tied / 2) / (won + tied + lost)
+        summary[f"{key}/win_rate"] = plain_item(share, won + tied + lost, f"{won} wins, {tied} ties (half), {lost} losses")
+    return summary
+
+
+def typical_cases(recovery: Recovery) -> list[tuple[str, int]]:
+    """The case of median damage and, of five or more, the most damaging one (mean excess test loss over optimizers)."""
+    means = recovery.measures.group_by("replicate").agg(pl.col("excess_test_loss").mean()).sort("excess_test_loss", "replicate")
+    order = means["replicate"].to_list()
+    median = [("median", int(order[(len(order) - 1) // 2]))]
+    return median + ([("most damaging", int(order[-1]))] if len(order) >= 5 else [])
+
+
+def _comparison_blocks(recovery: Recovery, results: ResultsLike) -> list[FigureBlock]:
+    planned = {int(case["replicate"]): case for case in results.campaign}
+    blocks = []
+    for kind, case in typical_cases(recovery):
+        about = planned[case]
+        caption = (
+            f"The {kind} case (case {case} of {len(planned)}, by mean excess test loss over optimizers): layer {about['layer']}, "
+            f"value {about.get('rule', {}).get('value', float('nan')):.3g}, hit at step {about['step']}. n = 1 per optimizer, so no "
+            f"interval. (a, b) values per batch lightly, centred {figures.SMOOTH}-step moving average on top, never across the hit; "
+            "(c) change against the twin in percentage points above the bars; (d) excess test loss, a failed run at its charge."
+        )
+        name = f"comparison_{kind.replace(' ', '_')}"
+        alt = f"Training accuracy and loss by step, final test accuracy and excess test loss of each optimizer in case {case}"
+        blocks.append(FigureBlock(name, figures.comparison(recovery, case), caption, alt))
+    return blocks
+
+
+def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
+    zoom = (
+        f"From 10 steps before the hit, cases aligned at the hit (step 0), n = {n} cases where that step exists, drawn where at "
+        "least half do. Top: median and quartiles of training loss over cases; bottom: mean training accuracy, band 95 % t "
+        "interval over cases cut at 0 and 1. A failed run counts at its charge from its failure on."
+    )
+    state = (
+        f"Largest optimizer slot and largest BatchNorm running variance over the twin's at the same step, median and quartiles "
+        f"over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An optimizer without slots has no line."
+    )
+    return [
+        FigureBlock("recovery_zoom", figures.zoom(recovery), zoom, "Training loss and accuracy around the hit, with the fault and without"),
+        FigureBlock("state_after_hit", figures.state(recovery), state, "Optimizer slots and BatchNorm variance relative to the twin after the hit"),
+    ]
+
+
+def _overview_block(recovery: Recovery, n: int) -> FigureBlock:
+    caption = (
+        f"All cases, n = {n} per optimizer. (a) excess test loss, box: quartiles, whiskers: extremes, marks: cases, cross: failed run; "
+        "(b) mean excess training accuracy on the same batches, band: 95 % t interval over cases; (c) share of cases won on excess test "
+        "loss, ties half; (d) excess test accuracy; (e) excess training loss of the faulty forward pass against the final "
+        "excess test loss; (f) mean excess test loss by epoch of the hit, colour on an asinh scale."
+    )
+    return FigureBlock("summary", overview(recovery), caption, "Six panels summarising all cases and optimizers")
+
+
+def _interval_block(recovery: Recovery, pairs: list[tuple[str, str]], results: list[ContrastResult]) -> FigureBlock:
+    dots = []
+    for name in recovery.order:
+        rows = tables.own(recovery, name)
+        if len(rows):
+            e = estimate(rows["excess_test_loss"].to_numpy())
+            dots.append(Dot(name, e.value, e.low, e.high, "optimizer \u2212 its twin"))
+    for (a, b), r in zip(pairs, results, strict=True):
+        dots.append(Dot(f"{a} \u2212 {b}", r.estimate.value, r.estimate.low, r.estimate.high, "planned contrast"))
+    n = max((r.estimate.n for r in results), default=len(recovery.measures))
+    method = results[0].estimate.method if results else "95 % interval"
+    caption = f"Mean excess test loss over the twin and its planned differences, n = {n} cases, {method}, not corrected for several contrasts."
+    return FigureBlock("excess_test_loss", interval_plot(dots, "excess test loss (nats)"), caption, "Means with intervals per optimizer and contrast")
+
+
+def _sections(recovery: Recovery, results: ResultsLike, summary: dict[str, SummaryItem], intervals: FigureBlock) -> list[Section]:
+    n = len(set(recovery.measures["replicate"].to_list()))
+    phase = pl.when(pl.col("epoch") <= tables.EARLY_EPOCH).then(pl.lit("early (epoch 0, 1)")).otherwise(pl.lit("late (epoch 2 on)"))
+    return [
+        Section("Results per optimizer", [tables.condition_table(recovery, summary), intervals]),
+        Section("Summary of all cases", [_overview_block(recovery, n)]),
+        Section("Around the hit", _after_blocks(recovery, n)),
+        Section("Single cases in full", _comparison_blocks(recovery, results)),
+        Section("Head to head", [tables.head_table(recovery)]),
+        Section("By layer", [tables.breakdown(recovery, pl.col("layer"), "layer")]),
+        Section("By time of the hit", [tables.breakdown(recovery, phase, "time of the hit")]),
+        Section("Cases", [tables.case_table(recovery, results)]),
+        Section("Every case of every optimizer", [tables.pair_table(recovery)]),
+        Section("How the numbers are made", [
+            Paragraph("Every faulted run has a twin: same seed, batches and optimizer, no fault, identical to the bit before the hit. "
+                      "The primary measure is test loss minus the twin's, in nats, at the last step at which both were evaluated."),
+            Paragraph(failure_rule_text(recovery.scores)),
+            Paragraph(statistics_text("a case: one planned fault met by every optimizer")),
+            Paragraph(f"Steps to recover: first step after the hit that starts {STREAK} consecutive batches on which training loss is within "
+                      f"{TOLERANCE_NATS} nats of the twin's; a run that never does is censored, not dropped."),
+        ]),
+    ]  # fmt: skip
+
+
+def build(results: ResultsLike, classes: int | None = None) -> Report:
+    """The report of a recovery study, finished or not; ``classes`` defaults to what the settings say, else 10.
+
+    Raises :class:`StudyError` while no faulted run and its twin have both ended.
+    """
+    recovery = analyse_recovery(results, classes or class_count(results.spec))
+    if recovery.measures.is_empty():
+        raise StudyError(f"{results.path}: nothing to report yet, no faulted run and its twin have ended; run the study again to go on")
+    pairs, tested, beside = contrasts_of(recovery)
+    summary = _summary(recovery, pairs, tested, beside)
+    pending = len(recovery.scores.pending())
+    notes = [f"{pending} of {len(recovery.scores.by_run)} runs have not ended; they and their partners are in no number here."] if pending else []
+    caption = (
+        f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All pairs of optimizers "
+        "were planned; nothing else is tested."
+    )
+    verdicts = [_condition_verdict(recovery, name) for name in recovery.order]
+    verdicts += [_contrast_verdict(pair, result) for pair, result in zip(pairs, tested, strict=True)]
+    table = contrast_table(tested, "difference (nats)", beside, "difference in accuracy (points)", caption) if tested else None
+    return Report(
+        title="Recovery from a hardware fault",
+        question=STUDY.question,
+        verdicts=verdicts,
+        sections=_sections(recovery, results, summary, _interval_block(recovery, pairs, tested)),
+        summary=summary,
+        failures=tables.failure_table(recovery, results),
+        provenance=shown_provenance(results.provenance),
+        command=command_text(results, "recovery"),
+        contrasts=table,
+        runs=len(recovery.scores.by_run) - pending,
+        notes=notes,
+    )
