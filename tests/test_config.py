@@ -1,4 +1,4 @@
-"""Settings: YAML 1.2, the override grammar, layers, grids, run ids and what a mistake says."""
+"""Settings: layers, grids, documents, run ids, and what a mistake says."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import PositiveInt
 
 from descentlab.config import identity, yaml12
 from descentlab.config.grid import product
-from descentlab.config.overrides import parse_override, parse_overrides, split_top
+from descentlab.config.overrides import parse_overrides
 from descentlab.config.resolve import Resolved, _resolve, resolve
 from descentlab.config.rooms import entries, kinds
 from descentlab.config.schema import flatten
 from descentlab.config.tree import StudyDef, StudySpec
-from descentlab.core.errors import UserError, UserErrors, nearest
+from descentlab.core.errors import UserError, nearest
 from descentlab.core.specs import extent
 from descentlab.studies import registry
 
@@ -42,171 +41,6 @@ def written(tmp_path: Path, document: dict[str, Any]) -> Path:
     path = tmp_path / "study.yaml"
     path.write_text(yaml12.dump(document))
     return path
-
-
-# YAML 1.2 -----------------------------------------------------------------------------------------------------------
-
-SCALARS = {
-    "1e-3": 1e-3,
-    "1E3": 1000.0,
-    "-.5": -0.5,
-    "1.": 1.0,
-    ".inf": float("inf"),
-    "-.INF": float("-inf"),
-    "no": "no",
-    "on": "on",
-    "Yes": "Yes",
-    "true": True,
-    "FALSE": False,
-    "null": None,
-    "~": None,
-    "010": 10,
-    "0o10": 8,
-    "0x1F": 31,
-    "1:30": "1:30",
-    "1_000": "1_000",
-    "2024-01-01": "2024-01-01",
-    "=": "=",
-    "0b11": "0b11",
-    "+12": 12,
-    "e3": "e3",
-    ".": ".",
-    "'1e-3'": "1e-3",
-    "my.module:Class": "my.module:Class",
-    "{name: my.module:Class, lr: 1e-3}": {"name": "my.module:Class", "lr": 1e-3},
-    "[1, 1.5, no]": [1, 1.5, "no"],
-}
-
-
-@pytest.mark.parametrize("text", SCALARS)
-def test_scalars_are_those_of_yaml_1_2(text: str) -> None:
-    value = yaml12.load(text)
-    assert (type(value), value) == (type(SCALARS[text]), SCALARS[text])
-
-
-def test_nan_is_a_number() -> None:
-    assert yaml12.load(".nan") != yaml12.load(".nan")
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("a: 1\nb: 2\na: 3", "line 3, column 1': expected valid YAML 1.2 (the key 'a' is given twice)"),
-        ("{x: {a: 1, a: 1}}", "the key 'a' is given twice"),
-        ("[1, 2", "expected valid YAML 1.2"),
-        ("!!python/object:os.system {}", "expected valid YAML 1.2"),
-        ("? [a, b]\n: 1", "a key must be one word"),
-        ("a: 1\n---\nb: 2", "expected valid YAML 1.2"),
-        ("\x00", "expected valid YAML 1.2"),
-        ("&a [*a]", "expected valid YAML 1.2"),
-        ("[" * 1500, "expected valid YAML 1.2"),
-    ],
-)
-def test_bad_yaml_is_one_line(text: str, says: str) -> None:
-    with pytest.raises(UserError) as caught:
-        yaml12.load(text, "study.yaml")
-    assert says in str(caught.value)
-    assert str(caught.value).startswith("study.yaml = ")
-    assert "\n" not in str(caught.value)
-
-
-PLAIN = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False)
-    | st.text(st.characters(exclude_categories=["Cs"]))
-    | st.sampled_from([*SCALARS, "1.5", "012", "- a", "a: b", "#", "'", '"']),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@given(PLAIN)
-def test_dump_and_load_round_trip(value: Any) -> None:
-    assert yaml12.load(yaml12.dump(value)) == value
-    assert yaml12.load(yaml12.inline(value)) == value
-    assert "\n" not in yaml12.inline(value)
-
-
-@pytest.mark.parametrize("text", ["no", "1e-3", "1:30", "010", "2024-01-01", "~", "0o10", "<<", "="])
-def test_written_text_reads_as_text_in_yaml_1_1_too(text: str) -> None:
-    assert yaml.safe_load(yaml12.dump({"key": text})) == {"key": text}
-
-
-# The grammar --------------------------------------------------------------------------------------------------------
-
-GRAMMAR = [
-    ("optimizer.lr=1e-3", ["optimizer", "lr"], (1e-3,)),
-    ("optimizer=adam,sgd", ["optimizer"], ("adam", "sgd")),
-    ("optimizer.lr=1e-3,1e-2", ["optimizer", "lr"], (1e-3, 1e-2)),
-    ("model.hidden=[16,8]", ["model", "hidden"], ([16, 8],)),
-    ("model.hidden=[16,8],[4]", ["model", "hidden"], ([16, 8], [4])),
-    ("optimizer={name: adam, lr: 1e-3}", ["optimizer"], ({"name": "adam", "lr": 1e-3},)),
-    ("optimizer=sgd,{name: adam, betas: [0.9, 0.99]}", ["optimizer"], ("sgd", {"name": "adam", "betas": [0.9, 0.99]})),
-    ("optimizer=my.module:Class", ["optimizer"], ("my.module:Class",)),
-    ("a='x,y',z", ["a"], ("x,y", "z")),
-    ('a="x,\\",y",z', ["a"], ('x,",y', "z")),
-    ("a='it''s, fine',z", ["a"], ("it's, fine", "z")),
-    ("a=it's,z", ["a"], ("it's", "z")),
-    ("a={b: 'x,y]'},2", ["a"], ({"b": "x,y]"}, 2)),
-    ("fault.step=null", ["fault", "step"], (None,)),
-    ("a=no", ["a"], ("no",)),
-    ("a=x=y", ["a"], ("x=y",)),
-    ("a= 1 , 2 ", ["a"], (1, 2)),
-    ("a=''", ["a"], ("",)),
-]
-
-
-@pytest.mark.parametrize(("argument", "path", "values"), GRAMMAR)
-def test_grammar(argument: str, path: list[str], values: tuple[Any, ...]) -> None:
-    override = parse_override(argument)
-    assert (list(override.path), override.values, override.widens) == (path, values, len(values) > 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["optimizer"], "argument = 'optimizer': expected key.path=value"),
-        (["=3"], "argument = '=3': expected a key path"),
-        (["optimizer..lr=3"], "expected a key path"),
-        (["a b=3"], "expected a key path"),
-        (["lr="], "lr = '': expected a value; write null for none"),
-        (["lr=1,"], "lr = '1,': expected a value between commas"),
-        (["lr=[1"], "lr = 'line 1, column 3': expected valid YAML 1.2"),
-        (["a=1", "a=2"], "a = '1 and 2': expected one value per key; for a grid write a=1,2"),
-        (["a={b: 1, b: 2}"], "the key 'b' is given twice"),
-    ],
-)
-def test_grammar_mistakes(arguments: list[str], says: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_overrides(arguments)
-    assert says in str(caught.value)
-
-
-def test_all_grammar_mistakes_are_said_at_once() -> None:
-    with pytest.raises(UserErrors) as caught:
-        parse_overrides(["optimizer", "lr="])
-    assert len(caught.value.errors) == 2
-
-
-@given(st.lists(PLAIN, min_size=1, max_size=4))
-def test_any_values_written_inline_are_read_back(values: list[Any]) -> None:
-    override = parse_override("key=" + ",".join(yaml12.inline(value) for value in values))
-    assert list(override.values) == values
-
-
-@given(st.text(st.sampled_from("ab,'\"[]{} :\\=#"), max_size=25))
-def test_cutting_at_commas_loses_nothing(text: str) -> None:
-    assert ",".join(split_top(text)) == text
-
-
-@given(st.text(max_size=25))
-def test_any_argument_is_read_or_refused_in_one_line(text: str) -> None:
-    try:
-        parse_override(text)
-    except UserError as error:
-        assert error.expected
 
 
 # Layers -------------------------------------------------------------------------------------------------------------
@@ -247,11 +81,11 @@ def optimizers(resolved: Resolved) -> list[dict[str, Any]]:
 
 
 def test_layers_in_their_order() -> None:
-    assert toy().cells[0].steps == 6  # preset over class
+    assert flatten(toy().cells[0])["steps"] == 6  # preset over class
     assert toy("size=quick").cells[0].observe.evaluate_every == 3  # size over preset
     assert toy("size=quick", file={"observe": {"evaluate_every": 7}}).cells[0].observe.evaluate_every == 7
     assert toy("observe.evaluate_every=9", file={"observe": {"evaluate_every": 7}}).cells[0].observe.evaluate_every == 9
-    assert toy(file={"size": "quick"}).cells[0].cases == 1
+    assert flatten(toy(file={"size": "quick"}).cells[0])["cases"] == 1
 
 
 def test_an_option_by_name_takes_the_presets_defaults_then_the_studys_then_the_class() -> None:
@@ -411,15 +245,19 @@ def test_ids_depend_on_value_not_on_spelling_or_order() -> None:
     assert ids(toy("steps=6", "optimizer=sgd")) == ids(toy("optimizer={name: sgd, momentum: 0}"))
 
 
+def run_id(cell: StudySpec, replicate: int, role: str, labels: dict[str, Any]) -> str:
+    return identity.run_id(identity.cell_key(cell), replicate, role, labels)
+
+
 def test_ids_tell_replicate_role_label_and_study_apart() -> None:
     cell = ToySpec()
     made = {
-        identity.run_id(cell, 0, "twin", {}),
-        identity.run_id(cell, 1, "twin", {}),
-        identity.run_id(cell, 0, "fault", {}),
-        identity.run_id(cell, 0, "twin", {"case": 0}),
-        identity.run_id(ToySpec(study="other"), 0, "twin", {}),
-        identity.run_id(StudySpec(study="toy"), 0, "twin", {}),
+        run_id(cell, 0, "twin", {}),
+        run_id(cell, 1, "twin", {}),
+        run_id(cell, 0, "fault", {}),
+        run_id(cell, 0, "twin", {"case": 0}),
+        run_id(ToySpec(study="other"), 0, "twin", {}),
+        run_id(StudySpec(study="toy"), 0, "twin", {}),
     }
     assert len(made) == 5  # the last has the first's settings, all at their defaults
 
@@ -430,7 +268,7 @@ def test_semantics_change_ids() -> None:
 
         semantics = 2
 
-    assert identity.run_id(Newer(), 0, "plain", {}) != identity.run_id(ToySpec(), 0, "plain", {})
+    assert run_id(Newer(), 0, "plain", {}) != run_id(ToySpec(), 0, "plain", {})
 
 
 def test_the_canonical_text_and_an_id_are_frozen() -> None:
@@ -438,7 +276,7 @@ def test_the_canonical_text_and_an_id_are_frozen() -> None:
     value = {"b": 1.0, "a": [0.1, -0.0, True, None, "é"], "c": float("inf")}
     assert identity.canonical(value) == r'{"a":[0.1,0,true,null,"\u00e9"],"b":1,"c":{"float":"inf"}}'
     assert identity.canonical({"x": 1e16}) != identity.canonical({"x": 1e16 + 2})
-    assert len(identity.run_id(ToySpec(), 0, "plain", {})) == 12
+    assert len(run_id(ToySpec(), 0, "plain", {})) == 12
 
 
 @given(st.dictionaries(st.text(max_size=4), st.integers() | st.floats(allow_nan=False) | st.booleans(), max_size=5))
@@ -452,12 +290,12 @@ def test_ids_are_the_same_in_every_process() -> None:
         "print(json.dumps([r.id for s in ('recovery', 'crossed') for r in resolve(s, ['seed=1,2']).runs]))"
     )
     made = []
-    for seed in ("0", "1", "12345"):
+    for seed in ("0", "12345"):
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         made.append(json.loads(done.stdout))
     here = [i for study in ("recovery", "crossed") for i in ids(resolve(study, ["seed=1,2"]))]
-    assert made == [here] * 3
+    assert made == [here] * 2
     assert len(set(here)) == len(here)
 
 
@@ -481,7 +319,11 @@ MISTAKES = [
     ("recovery", ["model.batch_norm=maybe"], "model.batch_norm = 'maybe': expected true or false"),
     ("recovery", ["dtype=float23"], "dtype = 'float23': expected one of float32, float64. did you mean 'float32'?"),
     ("recovery", ["device=gpu"], "device = 'gpu': expected one of auto, cpu, cuda, cuda:N, mps"),
-    ("recovery", ["model={name: mlp, activation: silo}"], "expected one of silu, relu, tanh, gelu. did you mean 'silu'?"),
+    (
+        "recovery",
+        ["model={name: mlp, activation: silo}"],
+        "expected one of silu, relu, tanh, gelu. did you mean 'silu'?",
+    ),
     ("recovery", ["model={name: mlp, hiden: [8]}"], "model.hiden = [8]: expected a setting of 'mlp' (hidden,"),
     ("recovery", ["model={name: mlp, hiden: [8]}"], "did you mean 'model.hidden'?"),
     ("recovery", ["model={name: mlp, hidden: [8, 0]}"], "model.hidden[1] = 0: expected a value greater than 0"),
@@ -498,7 +340,11 @@ MISTAKES = [
     ("recovery", ["observe=5"], "observe = 5: expected a block of settings (every, evaluate_every)"),
     ("recovery", ["seed.x=1"], "seed.x = 1: expected no key below seed, which is a single value"),
     ("recovery", ["cases=3,5"], "cases = [3, 5]: expected one value: it says how much or where to run"),
-    ("recovery", ["preset=publishd"], "preset = 'publishd': expected one of default, published. did you mean 'published'?"),
+    (
+        "recovery",
+        ["preset=publishd"],
+        "preset = 'publishd': expected one of default, published. did you mean 'published'?",
+    ),
     ("recovery", ["size=quick,full"], "size = ['quick', 'full']: expected one of default, full, quick"),
     ("recovery", ["size.x=1"], "size.x = '1': expected no key below size"),
     ("recovery", ["study=crossed"], "study = 'crossed': expected the study before the settings"),
@@ -524,8 +370,8 @@ def test_a_mistake_is_one_line_with_what_was_expected(study: str, overrides: lis
 
 
 def test_all_mistakes_of_a_grid_are_said_at_once() -> None:
-    said = lines("recovery", "optimizer=adma,sgd", "model=cn", "seed=-1", "fault.value_low=1e30", "colour=1", "size=big")
-    starts = ("optimizer = 'adma'", "model = 'cn'", "seed = -1", "fault.value_low", "colour = 1", "size = 'big'")
+    said = lines("recovery", "optimizer=adma,sgd", "model=cn", "seed=-1", "fault.value_low=1e30", "colour=1", "size=b")
+    starts = ("optimizer = 'adma'", "model = 'cn'", "seed = -1", "fault.value_low", "colour = 1", "size = 'b'")
     assert len(said) == len(starts)
     for start in starts:
         assert any(line.startswith(start) for line in said), start

@@ -35,10 +35,10 @@ def cell_key(cell: Spec) -> str:
     return canonical({"settings": cell.identity(), "semantics": type(cell).semantics})
 
 
-def run_id(cell: Spec, replicate: int, role: str, labels: Mapping[str, Any]) -> str:
-    """The id of one run: the first 12 hexadecimal digits of a SHA-256.
+def run_id(key: str, replicate: int, role: str, labels: Mapping[str, Any]) -> str:
+    """The id of one run of the cell with that :func:`cell_key`: the first 12 hexadecimal digits of a SHA-256.
 
     How much is run, where and how it is shown (``cases``, ``size``, ``device`` …) does not enter.
     """
-    text = canonical({"cell": cell_key(cell), "replicate": replicate, "role": role, "labels": labels})
+    text = canonical({"cell": key, "replicate": replicate, "role": role, "labels": labels})
     return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]

@@ -125,11 +125,11 @@ def _resolve(
     first: dict[str, StudySpec] = {}
     for cell in cells:
         first.setdefault(cell_key(cell), cell)
-    distinct = list(first.values())
+    keys, distinct = list(first), list(first.values())
     if len(distinct) < len(cells):
         draft.notes.append(f"{len(cells) - len(distinct)} of {len(cells)} cells repeat another and are run once")
     runs = [
-        Run(run_id(distinct[index], replicate, role, labels), index, replicate, role, labels)
+        Run(run_id(keys[index], replicate, role, labels), index, replicate, role, labels)
         for index, replicate, role, labels in definition.plan(distinct)
     ]
     assert len({run.id for run in runs}) == len(runs), f"the plan of study {definition.name} repeats a run"

@@ -79,6 +79,8 @@ _Loader.add_constructor("tag:yaml.org,2002:seq", _construct_list)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     style = '"' if _BREAKS.search(text) else None  # the other styles would fold these away
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)

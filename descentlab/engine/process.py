@@ -27,6 +27,7 @@ from .program import BlockPlan
 from .transport import Hub, Link, LocalProcesses
 
 Build = Callable[[], Parts]  # picklable: every process calls it for itself
+_READY = (0, None, None)  # a worker's message is (version read, gradients …, error text); this one: "I have started"
 
 
 @final
@@ -58,6 +59,7 @@ def serve(link: Link, worker: int, build: Build, plan: BlockPlan) -> None:
     torch.set_num_threads(1)
     try:
         replica = Replica(plan, build(), worker=worker)
+        link.send(_READY)
         while True:
             version, params = link.receive()
             found = replica.gradients(_to_tensors(params, replica.state.params))
@@ -71,11 +73,11 @@ def serve(link: Link, worker: int, build: Build, plan: BlockPlan) -> None:
 @final
 @dataclass
 class ParameterServer(Engine):
-    """Runs one run on ``parts.workers`` processes until ``plan.stop`` updates are applied; gradients under way are dropped.
+    """Runs one run on ``parts.workers`` processes until ``plan.stop`` updates are applied.
 
-    ``build`` makes the parts anew in each process. ``log`` lists one Tick per update, with seconds since the first
-    parameters were sent. A lost or failed worker ends the run with a StudyError. Conditions it cannot meet are listed
-    in :mod:`descentlab.engine.support`; it cannot be resumed.
+    Gradients under way at the end are dropped. ``build`` makes the parts anew in each process. ``log`` lists one Tick
+    per update, with seconds since all workers were ready. A lost or failed worker ends the run with a StudyError.
+    Conditions it cannot meet are listed in :mod:`descentlab.engine.support`; it cannot be resumed.
     """
 
     build: Build = field(kw_only=True)
@@ -93,7 +95,10 @@ class ParameterServer(Engine):
 
     def run(self) -> Iterator[Progress]:
         try:
-            self.hub.open(self.parts.workers, self._serve)
+            modules = ("torch", __name__, getattr(self.build, "func", self.build).__module__)
+            self.hub.open(self.parts.workers, self._serve, modules)
+            for _ in range(self.parts.workers):  # all start together, or the first would be alone for a while
+                self._receive()
             self._started = time.monotonic()
             for w in range(self.parts.workers):
                 self._send_params(w, 0)
@@ -109,13 +114,18 @@ class ParameterServer(Engine):
 
     def round(self) -> Round:
         """Waits for the next gradient."""
-        worker, (version, found, error) = self.hub.receive()
-        if error is not None:
-            raise StudyError(f"worker {worker} failed at update {self.step}: {error}")
+        worker, version, found = self._receive()
         like = {"grads": self.state.params, "buffers": self.state.buffers, "loss": None, "accuracy": None}
         self._arrived = Grads(**_to_tensors(found, like))
         self.log.append(Tick((worker,), (version,), time.monotonic() - self._started))
         return Round(np.array([[worker]]), np.array([[version]]), np.array([self.log[-1].time_s]))
+
+    def _receive(self) -> tuple[int, int, Any]:
+        """(worker, version read, gradients and so on as arrays) of the next message."""
+        worker, (version, found, error) = self.hub.receive()
+        if error is not None:
+            raise StudyError(f"worker {worker} failed at update {self.step}: {error}")
+        return worker, version, found
 
     def _work(self, now: Round, k: int) -> Grads:
         assert self._arrived is not None

@@ -10,7 +10,7 @@ _ABSENT = ("fault:none", "compressor:none", "schedule:constant")
 
 _LOCKSTEP = {"timeline": "lockstep reads the current weights; use engine virtual"}
 _PROCESS = {
-    "fault": "not supported by the parameter server: which update a worker's gradient becomes is known only afterwards; "
+    "fault": "which update of the parameter server a worker's gradient becomes is known only afterwards; "
     "use engine virtual",
     "timeline": "the parameter server's staleness is whatever its processes happen to do; use engine virtual",
     "compressor": "not supported by the parameter server yet; use engine virtual",

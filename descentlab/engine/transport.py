@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, Protocol, final
 
@@ -34,8 +34,8 @@ class Link(Protocol):
 class Hub(Protocol):
     """The server's end. Every wait is bounded; a lost worker is a StudyError that names it."""
 
-    def open(self, workers: int, serve: Callable[[int], Serve]) -> None:
-        """Start worker w = 0 … ``workers`` - 1, each running ``serve(w)`` on its link."""
+    def open(self, workers: int, serve: Callable[[int], Serve], modules: Sequence[str]) -> None:
+        """Start worker w = 0 … ``workers`` - 1, each running ``serve(w)`` on its link; they will need ``modules``."""
         ...
 
     def receive(self) -> tuple[int, Any]:
@@ -88,7 +88,7 @@ class LocalProcesses:
     """Worker processes on this machine, over TCP on 127.0.0.1 with a random key.
 
     ``timeout_s`` bounds every wait, start-up of the workers included. Processes come from a fork server that has
-    loaded torch once (no threads are forked); where there is none they are spawned.
+    loaded the modules once (no threads are forked); where there is none they are spawned.
     """
 
     def __init__(self, timeout_s: float = 120.0) -> None:
@@ -97,12 +97,12 @@ class LocalProcesses:
         self._links: dict[int, SocketLink] = {}
         self._ready: deque[int] = deque()
 
-    def open(self, workers: int, serve: Callable[[int], Serve]) -> None:
+    def open(self, workers: int, serve: Callable[[int], Serve], modules: Sequence[str]) -> None:
         """See :class:`Hub`."""
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload(["torch", "descentlab.engine.process"])
+            context.set_forkserver_preload(list(modules))
         key = os.urandom(32)
         with Listener(("127.0.0.1", 0), backlog=workers, authkey=key) as listener:
             for w in range(workers):

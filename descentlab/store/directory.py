@@ -46,6 +46,7 @@ class RunDirectory:
     def create(cls, path: str | Path, study_name: str, document_yaml: str, overwrite: bool = False) -> RunDirectory:
         """Make ``path`` a directory of ``study_name``, or take it up again, and store ``document_yaml`` as study.yaml.
 
+        The document must read the same in YAML 1.1 and 1.2, as ``config.yaml12.dump`` writes it.
         ``overwrite`` first deletes earlier results, if descentlab made them. Raises :class:`UserError` when the
         directory is not ours, holds another study or format, or cannot be written.
         """
