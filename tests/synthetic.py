@@ -70,7 +70,14 @@ def _rows(run: str, series: dict[str, np.ndarray], config: dict[str, Any], every
     evaluated = (steps % every == every - 1) | (steps == end - 1)
     test = series["train_loss"][:end] * 1.1 + 0.02
     accuracy = np.clip(series["train_accuracy"][:end] - 0.02, 0, 1)
-    fixed: dict[str, Any] = {"attempt": 0, "lr": 0.01, "nonfinite_grads": 0, "nonfinite_params": 0, "wall_s": 0.01, **config}
+    fixed: dict[str, Any] = {
+        "attempt": 0,
+        "lr": 0.01,
+        "nonfinite_grads": 0,
+        "nonfinite_params": 0,
+        "wall_s": 0.01,
+        **config,
+    }
     return pl.DataFrame(
         {
             "run": [run] * end,
@@ -102,8 +109,17 @@ def recovery_results(
         epoch = int(rng.integers(0, 4))
         hit = epoch * STEPS_PER_EPOCH + int(rng.integers(2 if epoch == 0 else 0, STEPS_PER_EPOCH))
         layer, value = str(rng.choice(LAYERS)), float(10 ** rng.uniform(2.6, 12))
-        planned = {"case": case, "replicate": case, "step": hit, "epoch": epoch, "site": "forward/out", "layer": layer,
-                   "rule": {"kind": "value", "value": value}, "index": list(range(16)), "shape": [64, 16, 14, 14]}  # fmt: skip
+        planned = {
+            "case": case,
+            "replicate": case,
+            "step": hit,
+            "epoch": epoch,
+            "site": "forward/out",
+            "layer": layer,
+            "rule": {"kind": "value", "value": value},
+            "index": list(range(16)),
+            "shape": [64, 16, 14, 14],
+        }
         out.campaign.append(planned)
         severity = 0.0 if case in masked else float(rng.lognormal(-0.5, 0.8))
         for number, name in enumerate(optimizers):
@@ -118,14 +134,44 @@ def recovery_results(
                     end = hit + 4
                     series["train_loss"][end - 1] = math.nan
                     status = {**status, "status": "diverged", "steps": end, "diverged_step": end - 1}
-                config = {"cell": number, "replicate": case, "role": role, "optimizer": name, "optimizer.lr": 0.1 / (1 + number),
-                          "case": case, "hit_step": hit, "layer": layer, "value": value}  # fmt: skip
+                config = {
+                    "cell": number,
+                    "replicate": case,
+                    "role": role,
+                    "optimizer": name,
+                    "optimizer.lr": 0.1 / (1 + number),
+                    "case": case,
+                    "hit_step": hit,
+                    "layer": layer,
+                    "value": value,
+                }
                 frames.append(_rows(run, series, config, 10, end))
-                out.runs.append({"id": run, "cell": number, "replicate": case, "role": role, "labels": {"case": case}, "settings": {}})
+                out.runs.append(
+                    {
+                        "id": run,
+                        "cell": number,
+                        "replicate": case,
+                        "role": role,
+                        "labels": {"case": case},
+                        "settings": {},
+                    }
+                )
                 out.status.append(status)
-            out.hits.append({"case": case, "run": f"{name}-{case}-fault", "optimizer": name, "replicate": case, "step": hit,
-                             "site": "forward/out", "layer": layer, "rule": planned["rule"], "index": planned["index"],
-                             "old": [0.1] * 16, "new": [value] * 16})  # fmt: skip
+            out.hits.append(
+                {
+                    "case": case,
+                    "run": f"{name}-{case}-fault",
+                    "optimizer": name,
+                    "replicate": case,
+                    "step": hit,
+                    "site": "forward/out",
+                    "layer": layer,
+                    "rule": planned["rule"],
+                    "index": planned["index"],
+                    "old": [0.1] * 16,
+                    "new": [value] * 16,
+                }
+            )
     out.frame = pl.concat(frames)
     return out
 
@@ -134,7 +180,13 @@ def crossed_results(replicates: int = 10, diverge: bool = True, interaction: flo
     """A crossed study whose fault x staleness interaction is ``interaction`` nats for adam and 0 for sgd."""
     out = FakeResults(path=Path("out/crossed"), spec={"study": "crossed"}, provenance=dict(PROVENANCE))
     frames = []
-    cells = [(f, t, c, o) for o in ("sgd", "adam") for c in ("none", "powersgd") for t in ("barrier", "constant") for f in ("none", "N16_RD")]
+    cells = [
+        (f, t, c, o)
+        for o in ("sgd", "adam")
+        for c in ("none", "powersgd")
+        for t in ("barrier", "constant")
+        for f in ("none", "N16_RD")
+    ]
     for cell, (fault, timeline, compressor, optimizer) in enumerate(cells):
         for replicate in range(replicates):
             rng = np.random.default_rng([seed, cell, replicate])
@@ -150,12 +202,23 @@ def crossed_results(replicates: int = 10, diverge: bool = True, interaction: flo
             if diverge and cell == 3 and replicate == 1:
                 end = 20
                 status = {**status, "status": "diverged", "steps": end, "diverged_step": end - 1}
-            config = {"cell": cell, "replicate": replicate, "role": role, "optimizer": optimizer, "fault": fault, "timeline": timeline,
-                      "timeline.staleness": 2 if timeline == "constant" else None, "compressor": compressor,
-                      "compressor.rank": 1 if compressor == "powersgd" else None, "optimizer.lr": 0.5}  # fmt: skip
+            config = {
+                "cell": cell,
+                "replicate": replicate,
+                "role": role,
+                "optimizer": optimizer,
+                "fault": fault,
+                "timeline": timeline,
+                "timeline.staleness": 2 if timeline == "constant" else None,
+                "compressor": compressor,
+                "compressor.rank": 1 if compressor == "powersgd" else None,
+                "optimizer.lr": 0.5,
+            }
             rows = _rows(run, series, config, 10, end)
             frames.append(rows.with_columns(pl.col("timeline.staleness", "compressor.rank").cast(pl.Int64)))
-            out.runs.append({"id": run, "cell": cell, "replicate": replicate, "role": role, "labels": {}, "settings": {}})
+            out.runs.append(
+                {"id": run, "cell": cell, "replicate": replicate, "role": role, "labels": {}, "settings": {}}
+            )
             out.status.append(status)
     out.frame = pl.concat(frames)
     return out

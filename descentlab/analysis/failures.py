@@ -78,7 +78,7 @@ def _state(run: str, rows: pl.DataFrame | None, status: Mapping[str, Any]) -> Sc
 
 def _group_scores(states: Iterable[Score], tests: Mapping[str, dict[int, tuple[float, float]]]) -> list[Score]:
     """Read every run of one group at the group's last common evaluated step; non-finite there is a failure."""
-    group = [score for score in states]
+    group = list(states)
     alive = [score for score in group if score.state == DONE]
     common = set.intersection(*(set(tests.get(score.run, {})) for score in alive)) if alive else set()
     step = max(common, default=None)

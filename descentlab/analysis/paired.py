@@ -156,7 +156,8 @@ def power(effect: float, n: int, alpha: float = 0.05) -> float:
     """Power of the two-sided paired t test at standardized effect d_z = ``effect`` (noncentral t)."""
     critical = stats.t.ppf(1 - alpha / 2, n - 1)
     shift = effect * math.sqrt(n)
-    wrong_side = stats.nct.cdf(-critical, n - 1, shift) if shift < 8 else 0.0  # below 1e-12 there, and scipy may give NaN
+    # From shift 8 on the wrong side holds less than 1e-12, and scipy may answer NaN there.
+    wrong_side = stats.nct.cdf(-critical, n - 1, shift) if shift < 8 else 0.0
     return float(stats.nct.sf(critical, n - 1, shift) + wrong_side)
 
 

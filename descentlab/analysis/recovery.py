@@ -113,7 +113,9 @@ def hit_measures(part: pl.DataFrame) -> dict[str, Any]:
 
 def _pre_hit_test(frame: pl.DataFrame, run: str, hit_step: int) -> tuple[float | None, float | None]:
     """Test loss and accuracy at the last evaluation before the hit."""
-    rows = frame.filter((pl.col("run") == run) & (pl.col("step") < hit_step)).select("step", "test_loss", "test_accuracy")
+    rows = frame.filter((pl.col("run") == run) & (pl.col("step") < hit_step)).select(
+        "step", "test_loss", "test_accuracy"
+    )
     seen = rows.drop_nulls().sort("step")
     return (float(seen["test_loss"][-1]), float(seen["test_accuracy"][-1])) if len(seen) else (None, None)
 
@@ -148,7 +150,9 @@ def analyse_recovery(results: ResultsLike, classes: int) -> Recovery:
     excess = excess_losses([scores[row["run"]] for row in records], [scores[row["twin"]] for row in records])
     for row, over in zip(records, excess, strict=True):
         row.update(hit_measures(parts[row["condition"], row["replicate"]]))
-        row["pre_hit_test_loss"], row["pre_hit_test_accuracy"] = _pre_hit_test(results.frame, row["run"], row["hit_step"])
+        row["pre_hit_test_loss"], row["pre_hit_test_accuracy"] = _pre_hit_test(
+            results.frame, row["run"], row["hit_step"]
+        )
         row.update(_final(scores, row["run"], row["twin"], over))
     return Recovery(order, cells, labels, scores, pl.DataFrame(records, infer_schema_length=None), steps, classes)
 

@@ -8,11 +8,25 @@ from typing import Any, Protocol
 
 import polars as pl
 
-MEASURES = (
-    "step attempt epoch samples virtual_s bytes_sent train_loss train_accuracy lr grad_norm update_norm slot_max "
-    "bn_var_max nonfinite_grads nonfinite_params test_loss test_accuracy wall_s"
-).split()
-IDENTITY = "run cell replicate role case hit_step layer value optimizer".split()
+MEASURES = frozenset(
+    {
+        *(
+            "step",
+            "attempt",
+            "epoch",
+            "samples",
+            "virtual_s",
+            "bytes_sent",
+            "wall_s",
+            "lr",
+            "train_loss",
+            "train_accuracy",
+        ),
+        *("grad_norm", "update_norm", "slot_max", "bn_var_max", "nonfinite_grads", "nonfinite_params", "test_loss"),
+        *("test_accuracy", "timestamp", "utilisation"),
+    }
+)
+IDENTITY = frozenset({"run", "cell", "replicate", "role", "case", "hit_step", "layer", "value", "optimizer"})
 
 
 class ResultsLike(Protocol):
@@ -42,8 +56,12 @@ def last_attempts(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def setting_columns(frame: pl.DataFrame) -> list[str]:
-    """The settings that vary across cells, ``optimizer`` itself apart."""
-    return [name for name in frame.columns if name not in MEASURES and name not in IDENTITY]
+    """The settings that vary across cells, ``optimizer`` itself apart: constant within each cell, unlike an observable."""
+    names = [name for name in frame.columns if name not in MEASURES | IDENTITY]
+    if not names:
+        return []
+    spread = frame.group_by("cell").agg(pl.col(name).n_unique() for name in names).select(pl.col(names).max())
+    return [name for name in names if spread[name][0] == 1]
 
 
 def cell_settings(frame: pl.DataFrame) -> dict[int, dict[str, Any]]:
@@ -79,7 +97,7 @@ def planned_pairs(cells: Mapping[int, Mapping[str, Any]]) -> list[tuple[int, int
 
 
 def class_count(spec: Mapping[str, Any]) -> int:
-    """Number of classes of the data set: ``classes`` in the spec or its data set, else 10 (every shipped set has 10)."""
+    """Number of classes of the data set: ``classes`` of spec or data set, else 10 as in every shipped set."""
     dataset = spec.get("dataset")
     nested = dataset.get("classes") if isinstance(dataset, Mapping) else None
     return int(spec.get("classes") or nested or 10)

@@ -177,7 +177,7 @@ def table(
 
 @app.command()
 def rerun(directory: Directory) -> None:
-    """Run the study.yaml of a directory in it."""
+    """Run again what a directory lacks."""
     from ..launch import api
 
     raise typer.Exit(api.rerun(directory))

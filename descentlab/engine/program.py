@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..core.opmode import OpRecord
 from ..core.protocols import Planned
 
 Route = Literal["vmap", "member"]
 MEMBERS_PER_BLOCK: dict[Route, int] = {"vmap": 250, "member": 5}
 
 
-def choose_route(*, device: str, has_convolution: bool, module_is_vmappable: bool = True) -> Route:
-    """The stated rule: vectorise, except convolutions on a CPU, which run member by member over a process pool.
+SMALL_CONVOLUTION = 1024  # output elements per sample up to which a grouped convolution beats a loop of single ones
+
+
+def choose_route(*, device: str, operations: Sequence[OpRecord]) -> Route:
+    """The stated rule: vectorise, except on a CPU a model with a convolution of more than 1,024 output elements per
+    sample, which runs member by member over a process pool (see docs/decisions/0003-route-rule.md).
 
     The rule looks at settings only, never at a clock, so every machine makes the same choice.
     """
-    if not module_is_vmappable or (device == "cpu" and has_convolution):
+    convolutions = [math.prod(r.out[1:]) for r in operations if r.kind == "conv"]
+    if device == "cpu" and max(convolutions, default=0) > SMALL_CONVOLUTION:
         return "member"
     return "vmap"
 

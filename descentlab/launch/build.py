@@ -91,7 +91,7 @@ def survey(cell: StudySpec) -> Site:
     except RuntimeError as error:
         shape = tuple(sample.shape[1:])
         raise UserError("model", cell.model.name, f"a model that accepts inputs of shape {shape} ({error})") from None
-    route = choose_route(device=work.device.type, has_convolution=work.has_convolution())
+    route = choose_route(device=work.device.type, operations=operations)
     return Site(operations, len(work.data.x_train) // cell.batch_size, streams, route)
 
 

@@ -23,7 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2, 2, 2, 2, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#6b6b6b"
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -101,7 +101,9 @@ def signed_scale(ax: Axes, values: Sequence[float] | np.ndarray, axis: str = "y"
     top = most * 3 if most >= 10.0**low else 10.0**low / (1 if most > 0 else 3)
     getattr(ax, f"set_{axis}lim")(bottom, top)
     which = ax.yaxis if axis == "y" else ax.xaxis
-    which.set_major_locator(FixedLocator([*(-d for d in decades[::-1] if -d >= bottom), 0.0, *(d for d in decades if d <= top)]))
+    which.set_major_locator(
+        FixedLocator([*(-d for d in decades[::-1] if -d >= bottom), 0.0, *(d for d in decades if d <= top)])
+    )
     which.set_minor_locator(NullLocator())
     which.set_major_formatter(FuncFormatter(lambda v, _: decade_text(v)))
     return True
@@ -122,17 +124,25 @@ def decade_text(value: float) -> str:
     return f"{sign}{10.0**power:g}" if -2 <= power <= 2 else f"${'-' if value < 0 else ''}10^{{{power}}}$"
 
 
-def strip(ax: Axes, groups: Mapping[str, np.ndarray], failed: Mapping[str, np.ndarray], look: Mapping[str, Look]) -> None:
+def strip(
+    ax: Axes, groups: Mapping[str, np.ndarray], failed: Mapping[str, np.ndarray], look: Mapping[str, Look]
+) -> None:
     """Box (quartiles, whiskers to the extremes) with every replicate beside it; failures as crosses."""
     for place, (name, values) in enumerate(groups.items()):
         colour = look[name].colour
         if len(values) > 2:
             ax.boxplot(
-                [values], positions=[place - 0.18], widths=0.28, whis=(0, 100), manage_ticks=False, patch_artist=True,
+                [values],
+                positions=[place - 0.18],
+                widths=0.28,
+                whis=(0, 100),
+                manage_ticks=False,
+                patch_artist=True,
                 boxprops={"facecolor": colour, "alpha": 0.25, "edgecolor": colour},
-                medianprops={"color": colour, "linewidth": 1.6}, whiskerprops={"color": colour},
+                medianprops={"color": colour, "linewidth": 1.6},
+                whiskerprops={"color": colour},
                 capprops={"color": colour},
-            )  # fmt: skip
+            )
         spread = place + 0.2 + 0.12 * _jitter(len(values))
         bad = failed[name]
         ax.scatter(spread[~bad], values[~bad], s=9, marker=look[name].marker, color=colour, linewidths=0, alpha=0.8)
@@ -153,9 +163,15 @@ def name_ticks(ax: Axes, names: Sequence[str]) -> None:
 
 
 def heat(
-    ax: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], rows: Sequence[str], columns: Sequence[str],
-    *, colours: str, limits: tuple[float, float],
-) -> None:  # fmt: skip
+    ax: Axes,
+    values: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    colours: str,
+    limits: tuple[float, float],
+) -> None:
     """A heat map with its numbers written in, which is why it has no colour bar; NaN cells stay blank."""
     from matplotlib import colormaps
 
@@ -218,10 +234,20 @@ def draw_intervals(ax: Axes, dots: Sequence[Dot], look: Mapping[str, Look]) -> N
     for place, dot in enumerate(dots):
         mark = look[dot.group]
         if dot.low is not None and dot.high is not None:
-            ax.plot([dot.low, dot.high], [place, place], color=mark.colour, linewidth=1.1, marker="|", markersize=5, markeredgewidth=1.1)
+            ax.plot(
+                [dot.low, dot.high],
+                [place, place],
+                color=mark.colour,
+                linewidth=1.1,
+                marker="|",
+                markersize=5,
+                markeredgewidth=1.1,
+            )
         label = dot.group if dot.group not in seen else "_nolegend_"
         seen.add(dot.group)
-        ax.plot([dot.value], [place], marker=mark.marker, color=mark.colour, markersize=3.8, linestyle="none", label=label)
+        ax.plot(
+            [dot.value], [place], marker=mark.marker, color=mark.colour, markersize=3.8, linestyle="none", label=label
+        )
     ax.set_ylim(len(dots) - 0.4, -0.6)
     ax.grid(axis="y", color="#e4e4e4", linewidth=0.5)
     ax.tick_params(axis="y", length=0)

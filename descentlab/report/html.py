@@ -38,8 +38,15 @@ def _block(block: Any, images: Mapping[str, bytes]) -> dict[str, Any]:
     assert isinstance(block, FigureBlock)
     data = base64.b64encode(images[block.name]).decode("ascii")
     inches = float(block.figure.get_size_inches()[0])
-    return {"kind": "figure", "name": block.name, "data": data, "caption": block.caption, "alt": block.alt,
-            "width": round(inches * 132), "wide": inches > 4}  # fmt: skip
+    return {
+        "kind": "figure",
+        "name": block.name,
+        "data": data,
+        "caption": block.caption,
+        "alt": block.alt,
+        "width": round(inches * 132),
+        "wide": inches > 4,
+    }
 
 
 def html(report: Report, images: Mapping[str, bytes], pdf: bool = True) -> str:
@@ -48,7 +55,9 @@ def html(report: Report, images: Mapping[str, bytes], pdf: bool = True) -> str:
 
     here = resources.files(__package__)
     page, css, script = ((here / name).read_text("utf-8") for name in ("page.html.j2", "page.css", "page.js"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(page).render(
         report=report,
         suffixes="png and pdf" if pdf else "png",

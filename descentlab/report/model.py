@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -100,6 +100,13 @@ class Report:
     contrasts: TableBlock | None = None
     runs: int = 0  # how many runs the statistics cover
     notes: Sequence[str] = field(default_factory=tuple)  # what a reader must know first, such as unfinished runs
+    pdf: bool = True  # False: figures as PNG only, which halves the time of writing
+
+    def write(self, target: Path | str) -> Path:
+        """Write index.html, report.md, summary.json and figures/ into the folder ``target``; returns index.html."""
+        from .render import write_report
+
+        return write_report(self, Path(target))
 
     def figures(self) -> list[FigureBlock]:
         """Every figure in the order shown."""
@@ -124,7 +131,7 @@ DASH = "\u2013"
 
 
 def number_text(value: float, spec: str = "") -> str:
-    """A number for people: ``spec`` applied to finite ones, NaN and infinities by name, minus signs as typeset."""
+    """A number for people: ``spec`` applied to finite ones, NaN and infinities by name, booleans as yes or no."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) and not math.isfinite(value):

@@ -38,17 +38,24 @@ def image_bytes(figure: Figure, kind: str) -> bytes:
         canvas.print_png(buffer, metadata={"Software": None})
     else:
         with matplotlib.rc_context({"pdf.fonttype": 42}):
-            FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None, "Producer": None, "Creator": None})
+            FigureCanvasPdf(figure).print_pdf(
+                buffer, metadata={"CreationDate": None, "Producer": None, "Creator": None}
+            )
     return buffer.getvalue()
 
 
-def render(report: Report, directory: Path | str, *, pdf: bool = True) -> Path:
-    """Write ``report/`` in ``directory``: figures/, report.md, summary.json and, last, index.html; returns its path.
+def render(report: Report, directory: Path | str) -> Path:
+    """Write ``report/`` in the run directory ``directory``; returns the path of index.html."""
+    return write_report(report, Path(directory) / "report")
 
-    Each file is written beside its place and renamed into it. ``pdf=False`` leaves out the PDF of each figure, which
-    takes half of the time. Figures of an earlier report that this one does not have are removed.
+
+def write_report(report: Report, target: Path) -> Path:
+    """Write figures/, report.md, summary.json and, last, index.html into ``target``; returns the path of index.html.
+
+    Each file is written beside its place and renamed into it. Figures of an earlier report that this one does not
+    have are removed.
     """
-    target = Path(directory) / "report"
+    pdf = report.pdf
     figures = target / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     blocks = report.figures()

@@ -17,8 +17,13 @@ DIFF_SHOWN = 200  # characters of an uncommitted diff shown on the page
 
 def item(estimate: Estimate, scale: float = 1.0) -> SummaryItem:
     """An estimate as a summary item, in units of 1 / ``scale``."""
-    ends = [None if end is None else end * scale for end in (estimate.low, estimate.high)]
-    return SummaryItem(estimate.value * scale, estimate.n, *ends, estimate.method)
+    return scaled(SummaryItem(estimate.value, estimate.n, estimate.low, estimate.high, estimate.method), scale)
+
+
+def scaled(entry: SummaryItem, scale: float) -> SummaryItem:
+    """The item in units of 1 / ``scale``: 100 turns a rate into percent."""
+    value, low, high = (None if v is None else v * scale for v in (entry.value, entry.low, entry.high))
+    return SummaryItem(value, entry.n, low, high, entry.method)
 
 
 def bounded(entry: SummaryItem, low: float = 0.0, high: float = 1.0) -> SummaryItem:
@@ -72,7 +77,9 @@ def contrast_table(
         Column(what, "+.4f", "mean with its 95 % interval, not corrected for several contrasts"),
         Column("Holm p", ".3g", "corrected for all planned contrasts"),
         Column("verdict"),
-        Column("detectable (nats)", ".3g", "difference found with 80 % power at the corrected level, this n and spread"),
+        Column(
+            "detectable (nats)", ".3g", "difference found with 80 % power at the corrected level, this n and spread"
+        ),
         Column("d_z", "+.2f", "effect size: mean difference / its standard deviation"),
         Column("p", ".3g", "two-sided, before correction"),
         Column(beside_name, "+.2f", "shown beside, not tested"),
@@ -137,8 +144,16 @@ def shown_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
         out["resumed"] = f"{len(out['resumed'])} times, see provenance.json"
     git = out.get("git")
     if isinstance(git, Mapping):
-        out["git"] = {k: v if len(str(v)) <= DIFF_SHOWN else f"{len(str(v))} characters, see provenance.json" for k, v in git.items()}
+        out["git"] = {
+            k: v if len(str(v)) <= DIFF_SHOWN else f"{len(str(v))} characters, see provenance.json"
+            for k, v in git.items()
+        }
     return out
+
+
+def figures_as_pdf(results: ResultsLike) -> bool:
+    """Whether figures are also written as PDF; not at ``size=quick``, where they would take most of the time."""
+    return results.spec.get("size") != "quick"
 
 
 def command_text(results: ResultsLike, study: str) -> str:

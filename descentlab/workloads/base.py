@@ -116,11 +116,3 @@ class Workload:
             return output.new_full((), math.nan)
         right = (output.argmax(-1) == y) & torch.isfinite(output).all(-1)
         return right.to(output.dtype).mean()
-
-    def has_convolution(self) -> bool:
-        return any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in self.make_meta().modules())
-
-    def make_meta(self) -> nn.Module:
-        """The module on the meta device: structure without memory or randomness."""
-        with torch.device("meta"):
-            return self.make()

@@ -74,7 +74,12 @@ def factorial(results: ResultsLike, classes: int) -> Factorial:
     """Sort the runs into the factorial; runs that differ only in the fault are scored at one common step."""
     cells = cell_settings(results.frame)
     keys: dict[int, Key] = {
-        cell: (_condition(s, cells), level(s, "fault", cells), level(s, "timeline", cells), level(s, "compressor", cells))
+        cell: (
+            _condition(s, cells),
+            level(s, "fault", cells),
+            level(s, "timeline", cells),
+            level(s, "compressor", cells),
+        )
         for cell, s in cells.items()
     }
     runs = {
@@ -123,15 +128,22 @@ def interactions(data: Factorial) -> list[Interaction]:
     return found
 
 
-def _interaction(data: Factorial, condition: str, factors: tuple[str, str], levels: tuple[str, str]) -> Interaction | None:
+def _interaction(
+    data: Factorial, condition: str, factors: tuple[str, str], levels: tuple[str, str]
+) -> Interaction | None:
     """[(a, b) - (base, b)] - [(a, base) - (base, base)], averaged over the third factor's levels, replicate by replicate."""
     third = next(f for f in FACTORS if f not in factors)
     signs: list[tuple[Key, int]] = []
     for context in data.levels[third]:
         for has_first, has_second in product((1, 0), (1, 0)):
-            at = {third: context, factors[0]: levels[0] if has_first else BASE[factors[0]],
-                  factors[1]: levels[1] if has_second else BASE[factors[1]]}  # fmt: skip
-            signs.append(((condition, at["fault"], at["timeline"], at["compressor"]), 1 if has_first == has_second else -1))
+            at = {
+                third: context,
+                factors[0]: levels[0] if has_first else BASE[factors[0]],
+                factors[1]: levels[1] if has_second else BASE[factors[1]],
+            }
+            signs.append(
+                ((condition, at["fault"], at["timeline"], at["compressor"]), 1 if has_first == has_second else -1)
+            )
     if any(key not in data.keys for key, _ in signs):
         return None
     replicates = data.replicates(*(key for key, _ in signs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 
 from ...analysis.contrasts import HIGHER, IDENTICAL, LOWER, MIXED, UNTESTED, ContrastResult, analyse
 from ...analysis.paired import estimate, wilson
@@ -14,19 +13,24 @@ from ...core.errors import StudyError
 from ...report import Column, FigureBlock, Paragraph, Report, Section, SummaryItem, TableBlock, Verdict
 from ...report.figures import DOUBLE, GREY, Dot, draw_intervals, looks, new_figure, panel_title, signed_scale, styled
 from ..common import (
-    bounded, command_text, contrast_item, contrast_table, failure_rule_text, item, plain_item, shown_provenance,
-    statistics_text, verdict_detail,
-)  # fmt: skip
-from .factors import WORDS, Factorial, Interaction, Key, factorial, fault_excess, interactions
+    bounded,
+    command_text,
+    contrast_item,
+    contrast_table,
+    failure_rule_text,
+    figures_as_pdf,
+    item,
+    plain_item,
+    scaled,
+    shown_provenance,
+    statistics_text,
+    verdict_detail,
+)
+from .factors import BASE, WORDS, Factorial, Interaction, Key, factorial, fault_excess, interactions
 from .spec import STUDY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def _scaled(entry: SummaryItem, scale: float = 100.0) -> SummaryItem:
-    value, low, high = (None if v is None else v * scale for v in (entry.value, entry.low, entry.high))
-    return SummaryItem(value, entry.n, low, high, entry.method)
 
 
 def _costs(results: ResultsLike, data: Factorial) -> dict[Key, dict[str, float]]:
@@ -65,7 +69,11 @@ def cell_summary(results: ResultsLike, data: Factorial) -> dict[str, SummaryItem
 def cell_table(data: Factorial, summary: dict[str, SummaryItem]) -> TableBlock:
     """One row per cell."""
     columns = [
-        Column("optimizer"), Column("fault"), Column("timeline"), Column("compressor"), Column("n", "d", "replicates"),
+        Column("optimizer"),
+        Column("fault"),
+        Column("timeline"),
+        Column("compressor"),
+        Column("n", "d", "replicates"),
         Column("test accuracy (%)", ".1f", "mean and 95 % interval, failures at chance"),
         Column("failure rate (%)", ".0f", "95 % Wilson interval"),
         Column("test loss (nats)", ".4f"),
@@ -73,32 +81,69 @@ def cell_table(data: Factorial, summary: dict[str, SummaryItem]) -> TableBlock:
         Column("excess accuracy (points)", "+.2f", "over the same cell without the fault"),
         Column("bytes sent", ",.0f", "per run, both directions, mean of runs that reached the end"),
         Column("virtual time (s)", ",.4g", "per run, mean of runs that reached the end"),
-    ]  # fmt: skip
+    ]
     rows = []
     for key in data.keys:
         name = f"crossed/{'+'.join(key)}"
-        found = {m: summary.get(f"{name}/{m}") for m in ("accuracy", "failure_rate", "test_loss", "excess_test_loss",
-                                                         "excess_test_accuracy", "bytes_sent", "virtual_s")}  # fmt: skip
-        percent = {m: None if found[m] is None else _scaled(found[m]) for m in ("accuracy", "failure_rate", "excess_test_accuracy")}  # type: ignore[arg-type]
-        rows.append([*key, len(data.replicates(key)), percent["accuracy"], percent["failure_rate"], found["test_loss"],
-                     found["excess_test_loss"], percent["excess_test_accuracy"], found["bytes_sent"], found["virtual_s"]])  # fmt: skip
+        found = {
+            m: summary.get(f"{name}/{m}")
+            for m in (
+                "accuracy",
+                "failure_rate",
+                "test_loss",
+                "excess_test_loss",
+                "excess_test_accuracy",
+                "bytes_sent",
+                "virtual_s",
+            )
+        }
+        percent = {
+            m: None if found[m] is None else scaled(found[m], 100.0)
+            for m in ("accuracy", "failure_rate", "excess_test_accuracy")
+        }  # type: ignore[arg-type]
+        rows.append(
+            [
+                *key,
+                len(data.replicates(key)),
+                percent["accuracy"],
+                percent["failure_rate"],
+                found["test_loss"],
+                found["excess_test_loss"],
+                percent["excess_test_accuracy"],
+                found["bytes_sent"],
+                found["virtual_s"],
+            ]
+        )
     methods = [entry.method for name, entry in summary.items() if name.endswith("/test_loss")]
     return TableBlock(columns, rows, f"Mean over replicates with {methods[0] if methods else 'no interval'}.")
 
 
-def figure(data: Factorial, summary: dict[str, SummaryItem], found: list[Interaction], tested: list[ContrastResult]) -> Figure:
+def figure(
+    data: Factorial, summary: dict[str, SummaryItem], found: list[Interaction], tested: list[ContrastResult]
+) -> Figure:
     """Left: test loss of every cell; right: the planned interactions; dots with intervals, one colour per optimizer."""
     from matplotlib.ticker import MaxNLocator
 
     look = looks(data.conditions)
     conditions = list(dict.fromkeys(key[1:] for key in data.keys))
-    cells = [(key, summary.get(f"crossed/{'+'.join(key)}/test_loss")) for c in conditions for key in data.keys if key[1:] == c]
-    left = [Dot(" + ".join(k[1:]), e.value or 0.0, e.low, e.high, k[0]) for k, e in cells if e is not None]
+    cells = [
+        (key, summary.get(f"crossed/{'+'.join(key)}/test_loss"))
+        for c in conditions
+        for key in data.keys
+        if key[1:] == c
+    ]
+    left = [Dot(_shown(k), e.value or 0.0, e.low, e.high, k[0]) for k, e in cells if e is not None]
     right = [
-        Dot(f"{i.condition}: {WORDS[i.first]} \u00d7\n{WORDS[i.second]}" + (f" ({i.levels[0]}, {i.levels[1]})" if "(" in i.name else ""),
-            r.estimate.value, r.estimate.low, r.estimate.high, i.condition)
+        Dot(
+            f"{i.condition}: {WORDS[i.first]} \u00d7\n{WORDS[i.second]}"
+            + (f" ({i.levels[0]}, {i.levels[1]})" if "(" in i.name else ""),
+            r.estimate.value,
+            r.estimate.low,
+            r.estimate.high,
+            i.condition,
+        )
         for i, r in zip(found, tested, strict=True)
-    ]  # fmt: skip
+    ]
     with styled():
         picture = new_figure(DOUBLE, max(2.6, 0.85 + 0.2 * max(len(left), 1.5 * len(right))))
         axes = picture.subplots(1, 2)
@@ -120,6 +165,11 @@ def figure(data: Factorial, summary: dict[str, SummaryItem], found: list[Interac
         if handles:
             picture.legend(handles, names, loc="outside lower center", ncols=len(names))
     return picture
+
+
+def _shown(key: Key) -> str:
+    """A cell by what is not ideal in it."""
+    return " + ".join(name for name, base in zip(key[1:], BASE.values(), strict=True) if name != base) or "ideal"
 
 
 def _verdict(interaction: Interaction, result: ContrastResult) -> Verdict:
@@ -144,7 +194,9 @@ def failure_table(data: Factorial) -> TableBlock:
 
 
 def _hit_text(results: ResultsLike) -> str:
-    steps = results.frame["hit_step"].drop_nulls().unique().sort().to_list() if "hit_step" in results.frame.columns else []
+    steps = (
+        results.frame["hit_step"].drop_nulls().unique().sort().to_list() if "hit_step" in results.frame.columns else []
+    )
     return f" The fault hits at step {steps[0]} to {steps[-1]}, depending on the replicate." if steps else ""
 
 
@@ -168,25 +220,37 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         "conditions together cost more than the sum of their separate effects. Planned: every pair of factors for every optimizer."
     )
     pending = len(data.scores.by_run) - len(ended)
-    notes = [f"{pending} of {len(data.scores.by_run)} runs have not ended; what needs them is left out."] if pending else []
+    notes = (
+        [f"{pending} of {len(data.scores.by_run)} runs have not ended; what needs them is left out."] if pending else []
+    )
     n = max((result.estimate.n for result in tested), default=0)
     method = tested[0].estimate.method if tested else "no planned contrast can be formed"
     picture = FigureBlock(
-        "crossed", figure(data, summary, found, tested),
-        f"(a) Mean final test loss of every cell; (b) planned interactions; n = {n} replicates, {method}, not corrected for several contrasts.",
+        "crossed",
+        figure(data, summary, found, tested),
+        f"(a) Mean final test loss of every cell, named by what is not ideal in it; (b) planned interactions; n = {n} replicates, {method}, not corrected for several contrasts.",
         "Test loss of every cell and interactions between conditions, with intervals",
-    )  # fmt: skip
+    )
     sections = [
         Section("Cells and interactions", [picture, cell_table(data, summary)]),
-        Section("How the numbers are made", [
-            Paragraph("Every cell shares seeds, initial weights and batches with the others of its replicate; the cell without a fault is the twin "
-                      "of the same cell with it. Test loss and accuracy are read at the last step at which a run and its twin were both "
-                      "evaluated." + _hit_text(results)),
-            Paragraph(failure_rule_text(data.scores)),
-            Paragraph(statistics_text("one seed through every cell")),
-        ]),
-    ]  # fmt: skip
-    table = contrast_table(tested, "interaction (nats)", beside, "interaction in accuracy (points)", caption) if tested else None
+        Section(
+            "How the numbers are made",
+            [
+                Paragraph(
+                    "Every cell shares seeds, initial weights and batches with the others of its replicate; the cell without a fault is the twin "
+                    "of the same cell with it. Test loss and accuracy are read at the last step at which a run and its twin were both "
+                    "evaluated." + _hit_text(results)
+                ),
+                Paragraph(failure_rule_text(data.scores)),
+                Paragraph(statistics_text("one seed through every cell")),
+            ],
+        ),
+    ]
+    table = (
+        contrast_table(tested, "interaction (nats)", beside, "interaction in accuracy (points)", caption)
+        if tested
+        else None
+    )
     return Report(
         title="Faults, staleness and compression combined",
         question=STUDY.question,
@@ -199,4 +263,5 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         contrasts=table,
         runs=len(ended),
         notes=notes,
+        pdf=figures_as_pdf(results),
     )

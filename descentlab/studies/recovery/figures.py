@@ -9,8 +9,18 @@ import polars as pl
 
 from ...analysis.recovery import Recovery
 from ...report.figures import (
-    DOUBLE, GREY, Look, failed_mark, looks, name_ticks, new_figure, panel_title, signed, signed_scale, styled,
-)  # fmt: skip
+    DOUBLE,
+    GREY,
+    Look,
+    failed_mark,
+    looks,
+    name_ticks,
+    new_figure,
+    panel_title,
+    signed,
+    signed_scale,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +36,8 @@ def smoothed(values: np.ndarray, width: int = SMOOTH) -> np.ndarray:
     return np.array([np.nan if np.isnan(values[i]) else np.nanmean(part) for i, part in enumerate(padded)])
 
 
-def _hit_line(ax: Axes, at: float, text: str = "") -> None:
+def _hit_line(ax: Axes, at: float) -> None:
     ax.axvline(at, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-    if text:
-        ax.annotate(text, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, -2), textcoords="offset points",
-                    ha="right", va="top", fontsize=7, color=GREY)  # fmt: skip
 
 
 def _case_lines(ax: Axes, part: pl.DataFrame, column: str, look: Look, name: str) -> None:
@@ -53,8 +60,15 @@ def _final_bars(ax: Axes, chosen: pl.DataFrame, look: dict[str, Look], names: li
     ax.bar(place - 0.2, twin, 0.36, color="white", edgecolor=GREY, hatch="////", linewidth=0.6, label="twin (no fault)")
     ax.bar(place + 0.2, fault, 0.36, color=[look[n].colour for n in names], label="with the fault")
     for i in range(len(names)):
-        ax.annotate(signed(100 * (fault[i] - twin[i]), "+.1f"), (i, max(twin[i], fault[i])), xytext=(0, 2), textcoords="offset points",
-                    ha="center", va="bottom", fontsize=7)  # fmt: skip
+        ax.annotate(
+            signed(100 * (fault[i] - twin[i]), "+.1f"),
+            (i, max(twin[i], fault[i])),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+        )
     ax.set_ylim(0, 1.12)
     ax.set_yticks(np.arange(0, 1.01, 0.2))
     ax.set_ylabel("final test accuracy")
@@ -68,8 +82,15 @@ def _excess_bars(ax: Axes, chosen: pl.DataFrame, look: dict[str, Look], names: l
     ax.axhline(0, color="black", linewidth=0.6)
     for i, value in enumerate(excess):
         text = signed(value, "+.2g") + ("\nfailed" if chosen["failed"][i] else "")
-        ax.annotate(text, (i, value), xytext=(0, 2 if value >= 0 else -2), textcoords="offset points", ha="center",
-                    va="bottom" if value >= 0 else "top", fontsize=7)  # fmt: skip
+        ax.annotate(
+            text,
+            (i, value),
+            xytext=(0, 2 if value >= 0 else -2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if value >= 0 else "top",
+            fontsize=7,
+        )
     low, high = ax.get_ylim()
     if ax.get_yscale() == "linear":
         room = 0.15 * (high - low)
@@ -89,7 +110,9 @@ def comparison(recovery: Recovery, case: int) -> Figure:
     with styled():
         figure = new_figure(DOUBLE, 4.9)
         axes = figure.subplots(2, 2)
-        for index, (column, label) in enumerate((("train_accuracy", "training accuracy"), ("train_loss", "training loss (nats)"))):
+        for index, (column, label) in enumerate(
+            (("train_accuracy", "training accuracy"), ("train_loss", "training loss (nats)"))
+        ):
             ax = axes[0, index]
             for name in names:
                 part = recovery.steps.filter((pl.col("replicate") == case) & (pl.col("condition") == name))
@@ -111,12 +134,16 @@ def comparison(recovery: Recovery, case: int) -> Figure:
     return figure
 
 
-def _band(ax: Axes, x: np.ndarray, centre: np.ndarray, low: np.ndarray, high: np.ndarray, look: Look, **kw: object) -> None:
+Band = tuple[np.ndarray, np.ndarray, np.ndarray]  # centre, low, high over steps
+
+
+def _draw_band(ax: Axes, x: np.ndarray, band: Band, look: Look, label: str = "_nolegend_") -> None:
+    centre, low, high = band
     ax.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0)
-    ax.plot(x, centre, color=look.colour, linestyle=look.line, **kw)  # type: ignore[arg-type]
+    ax.plot(x, centre, color=look.colour, linestyle=look.line, label=label)
 
 
-def mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mean_band(values: np.ndarray) -> Band:
     """Mean and 95 % t interval over cases of values [cases, steps], where at least half of the cases (2) contribute."""
     from scipy import stats
 
@@ -130,7 +157,7 @@ def mean_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return centre + hide, centre - half + hide, centre + half + hide
 
 
-def median_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def median_band(values: np.ndarray) -> Band:
     """Median and quartiles over cases of values [cases, steps] (infinities count), where half of the cases contribute."""
     n = (~np.isnan(values)).sum(axis=0)
     out = np.full((3, values.shape[1]), np.nan)
@@ -162,8 +189,8 @@ def zoom(recovery: Recovery, before: int = 10) -> Figure:
                 ax.set_visible(True)
                 cut = 1.0 if row else np.inf
                 for suffix, line in (("_twin", grey), ("", Look(look[name].colour, "-", "o"))):
-                    shown = band(aligned(recovery, name, f"{column}{suffix}", steps, failed))
-                    _band(ax, steps, *(np.clip(part, 0, cut) for part in shown), line)
+                    centre, low, high = band(aligned(recovery, name, f"{column}{suffix}", steps, failed))
+                    _draw_band(ax, steps, (centre, np.clip(low, 0, cut), np.clip(high, 0, cut)), line)
                 _hit_line(ax, 0)
                 ax.tick_params(labelleft=index % across == 0, labelbottom=True)
             panel_title(axes[2 * (index // across), index % across], index, name)
@@ -232,7 +259,7 @@ def state(recovery: Recovery) -> Figure:
                 centre, low, high = median_band(ratio)
                 finite = ratio[np.isfinite(ratio)]
                 largest = max(largest, float(np.nanquantile(finite, 0.99)))
-                _band(ax, steps, centre, low, np.where(np.isinf(high), 1e300, high), look[name], label=name)
+                _draw_band(ax, steps, (centre, low, np.where(np.isinf(high), 1e300, high)), look[name], label=name)
             ax.set_yscale("log")
             bottom = min(0.5, ax.dataLim.y0 if ax.dataLim.y0 > 0 else 0.5)
             ax.set_ylim(max(bottom, 1e-6), max(10.0, largest * 10))

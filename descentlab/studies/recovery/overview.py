@@ -10,8 +10,19 @@ import polars as pl
 from ...analysis.contrasts import wins_ties_losses
 from ...analysis.recovery import Recovery, aligned
 from ...report.figures import (
-    DOUBLE, GREY, Look, failed_mark, heat, looks, new_figure, panel_title, signed, signed_scale, strip, styled,
-)  # fmt: skip
+    DOUBLE,
+    GREY,
+    Look,
+    failed_mark,
+    heat,
+    looks,
+    new_figure,
+    panel_title,
+    signed,
+    signed_scale,
+    strip,
+    styled,
+)
 from .figures import mean_band
 
 if TYPE_CHECKING:
@@ -94,8 +105,15 @@ def _scatter_panel(ax: Axes, recovery: Recovery, look: dict[str, Look]) -> None:
         own = rows.filter(pl.col("condition") == name)
         for failed, marker in ((False, look[name].marker), (True, "x")):
             part = own.filter(pl.col("failed") == failed)
-            ax.scatter(part["excess_at_hit"], part["excess_test_loss"], s=14, marker=marker, alpha=0.85,
-                       color="black" if failed else look[name].colour, linewidths=1.1 if failed else 0)  # fmt: skip
+            ax.scatter(
+                part["excess_at_hit"],
+                part["excess_test_loss"],
+                s=14,
+                marker=marker,
+                alpha=0.85,
+                color="black" if failed else look[name].colour,
+                linewidths=1.1 if failed else 0,
+            )
     signed_scale(ax, rows["excess_at_hit"].to_numpy(), "x")
     signed_scale(ax, rows["excess_test_loss"].to_numpy(), "y")
     ax.axhline(0, color=GREY, linewidth=0.7, linestyle=":")
@@ -109,7 +127,9 @@ def _epoch_panel(ax: Axes, recovery: Recovery) -> None:
     texts = [["" for _ in epochs] for _ in recovery.order]
     for i, name in enumerate(recovery.order):
         for j, epoch in enumerate(epochs):
-            part = recovery.measures.filter((pl.col("condition") == name) & (pl.col("epoch") == epoch))["excess_test_loss"]
+            part = recovery.measures.filter((pl.col("condition") == name) & (pl.col("epoch") == epoch))[
+                "excess_test_loss"
+            ]
             if len(part):
                 values[i, j] = part.mean()
                 texts[i][j] = f"{signed(values[i, j], '+.2g')}\nn={len(part)}"
@@ -131,8 +151,14 @@ def overview(recovery: Recovery) -> Figure:
         _accuracy_panel(axes[1, 1], recovery, look)
         _scatter_panel(axes[2, 0], recovery, look)
         _epoch_panel(axes[2, 1], recovery)
-        titles = ("test loss over the twin", "training accuracy over the twin", "win rate of the row (wins/ties/losses)",
-                  "test accuracy over the twin", "damage at the hit and at the end", "mean excess test loss (nats)")  # fmt: skip
+        titles = (
+            "test loss over the twin",
+            "training accuracy over the twin",
+            "win rate of the row (wins/ties/losses)",
+            "test accuracy over the twin",
+            "damage at the hit and at the end",
+            "mean excess test loss (nats)",
+        )
         for index, (ax, title) in enumerate(zip(axes.flat, titles, strict=True)):
             panel_title(ax, index, title)
         handles, _ = axes[0, 1].get_legend_handles_labels()

@@ -13,9 +13,18 @@ from ...core.errors import StudyError
 from ...report import FigureBlock, Paragraph, Report, Section, SummaryItem, Verdict
 from ...report.figures import Dot, interval_plot
 from ..common import (
-    command_text, contrast_item, contrast_table, failure_rule_text, interval_text, percent_range, plain_item,
-    shown_provenance, statistics_text, verdict_detail,
-)  # fmt: skip
+    command_text,
+    contrast_item,
+    contrast_table,
+    failure_rule_text,
+    figures_as_pdf,
+    interval_text,
+    percent_range,
+    plain_item,
+    shown_provenance,
+    statistics_text,
+    verdict_detail,
+)
 from . import figures, tables
 from .overview import head_to_head, overview, shared_cases
 from .spec import STUDY
@@ -63,23 +72,33 @@ def _condition_verdict(recovery: Recovery, name: str) -> Verdict:
     return Verdict(f"{name}: {MEASURE} {interval_text(found, 'nats')}", detail)
 
 
-def _summary(recovery: Recovery, pairs: list[tuple[str, str]], results: list[ContrastResult], beside: list[Estimate]) -> dict[str, SummaryItem]:
+def _summary(
+    recovery: Recovery, pairs: list[tuple[str, str]], results: list[ContrastResult], beside: list[Estimate]
+) -> dict[str, SummaryItem]:
     summary = tables.condition_summary(recovery)
     wins = head_to_head(recovery)
     for (a, b), result, accuracy in zip(pairs, results, beside, strict=True):
         key = f"recovery/{a}-vs-{b}"
         summary[f"{key}/excess_test_loss"] = contrast_item(result)
         method = f"{accuracy.method}; not tested"
-        summary[f"{key}/excess_test_accuracy"] = SummaryItem(accuracy.value, accuracy.n, accuracy.low, accuracy.high, method)
+        summary[f"{key}/excess_test_accuracy"] = SummaryItem(
+            accuracy.value, accuracy.n, accuracy.low, accuracy.high, method
+        )
         won, tied, lost = wins[a, b]
         share = (won + tied / 2) / (won + tied + lost)
-        summary[f"{key}/win_rate"] = plain_item(share, won + tied + lost, f"{won} wins, {tied} ties (half), {lost} losses")
+        summary[f"{key}/win_rate"] = plain_item(
+            share, won + tied + lost, f"{won} wins, {tied} ties (half), {lost} losses"
+        )
     return summary
 
 
 def typical_cases(recovery: Recovery) -> list[tuple[str, int]]:
     """The case of median damage and, of five or more, the most damaging one (mean excess test loss over optimizers)."""
-    means = recovery.measures.group_by("replicate").agg(pl.col("excess_test_loss").mean()).sort("excess_test_loss", "replicate")
+    means = (
+        recovery.measures.group_by("replicate")
+        .agg(pl.col("excess_test_loss").mean())
+        .sort("excess_test_loss", "replicate")
+    )
     order = means["replicate"].to_list()
     median = [("median", int(order[(len(order) - 1) // 2]))]
     return median + ([("most damaging", int(order[-1]))] if len(order) >= 5 else [])
@@ -113,8 +132,18 @@ def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
         f"over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An optimizer without slots has no line."
     )
     return [
-        FigureBlock("recovery_zoom", figures.zoom(recovery), zoom, "Training loss and accuracy around the hit, with the fault and without"),
-        FigureBlock("state_after_hit", figures.state(recovery), state, "Optimizer slots and BatchNorm variance relative to the twin after the hit"),
+        FigureBlock(
+            "recovery_zoom",
+            figures.zoom(recovery),
+            zoom,
+            "Training loss and accuracy around the hit, with the fault and without",
+        ),
+        FigureBlock(
+            "state_after_hit",
+            figures.state(recovery),
+            state,
+            "Optimizer slots and BatchNorm variance relative to the twin after the hit",
+        ),
     ]
 
 
@@ -140,12 +169,23 @@ def _interval_block(recovery: Recovery, pairs: list[tuple[str, str]], results: l
     n = max((r.estimate.n for r in results), default=len(recovery.measures))
     method = results[0].estimate.method if results else "95 % interval"
     caption = f"Mean excess test loss over the twin and its planned differences, n = {n} cases, {method}, not corrected for several contrasts."
-    return FigureBlock("excess_test_loss", interval_plot(dots, "excess test loss (nats)"), caption, "Means with intervals per optimizer and contrast")
+    return FigureBlock(
+        "excess_test_loss",
+        interval_plot(dots, "excess test loss (nats)"),
+        caption,
+        "Means with intervals per optimizer and contrast",
+    )
 
 
-def _sections(recovery: Recovery, results: ResultsLike, summary: dict[str, SummaryItem], intervals: FigureBlock) -> list[Section]:
+def _sections(
+    recovery: Recovery, results: ResultsLike, summary: dict[str, SummaryItem], intervals: FigureBlock
+) -> list[Section]:
     n = len(set(recovery.measures["replicate"].to_list()))
-    phase = pl.when(pl.col("epoch") <= tables.EARLY_EPOCH).then(pl.lit("early (epoch 0, 1)")).otherwise(pl.lit("late (epoch 2 on)"))
+    phase = (
+        pl.when(pl.col("epoch") <= tables.EARLY_EPOCH)
+        .then(pl.lit("early (epoch 0, 1)"))
+        .otherwise(pl.lit("late (epoch 2 on)"))
+    )
     return [
         Section("Results per optimizer", [tables.condition_table(recovery, summary), intervals]),
         Section("Summary of all cases", [_overview_block(recovery, n)]),
@@ -156,15 +196,22 @@ def _sections(recovery: Recovery, results: ResultsLike, summary: dict[str, Summa
         Section("By time of the hit", [tables.breakdown(recovery, phase, "time of the hit")]),
         Section("Cases", [tables.case_table(recovery, results)]),
         Section("Every case of every optimizer", [tables.pair_table(recovery)]),
-        Section("How the numbers are made", [
-            Paragraph("Every faulted run has a twin: same seed, batches and optimizer, no fault, identical to the bit before the hit. "
-                      "The primary measure is test loss minus the twin's, in nats, at the last step at which both were evaluated."),
-            Paragraph(failure_rule_text(recovery.scores)),
-            Paragraph(statistics_text("a case: one planned fault met by every optimizer")),
-            Paragraph(f"Steps to recover: first step after the hit that starts {STREAK} consecutive batches on which training loss is within "
-                      f"{TOLERANCE_NATS} nats of the twin's; a run that never does is censored, not dropped."),
-        ]),
-    ]  # fmt: skip
+        Section(
+            "How the numbers are made",
+            [
+                Paragraph(
+                    "Every faulted run has a twin: same seed, batches and optimizer, no fault, identical to the bit before the hit. "
+                    "The primary measure is test loss minus the twin's, in nats, at the last step at which both were evaluated."
+                ),
+                Paragraph(failure_rule_text(recovery.scores)),
+                Paragraph(statistics_text("a case: one planned fault met by every optimizer")),
+                Paragraph(
+                    f"Steps to recover: first step after the hit that starts {STREAK} consecutive batches on which training loss is within "
+                    f"{TOLERANCE_NATS} nats of the twin's; a run that never does is censored, not dropped."
+                ),
+            ],
+        ),
+    ]
 
 
 def build(results: ResultsLike, classes: int | None = None) -> Report:
@@ -174,18 +221,30 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     """
     recovery = analyse_recovery(results, classes or class_count(results.spec))
     if recovery.measures.is_empty():
-        raise StudyError(f"{results.path}: nothing to report yet, no faulted run and its twin have ended; run the study again to go on")
+        raise StudyError(
+            f"{results.path}: nothing to report yet, no faulted run and its twin have ended; run the study again to go on"
+        )
     pairs, tested, beside = contrasts_of(recovery)
     summary = _summary(recovery, pairs, tested, beside)
     pending = len(recovery.scores.pending())
-    notes = [f"{pending} of {len(recovery.scores.by_run)} runs have not ended; they and their partners are in no number here."] if pending else []
+    notes = (
+        [
+            f"{pending} of {len(recovery.scores.by_run)} runs have not ended; they and their partners are in no number here."
+        ]
+        if pending
+        else []
+    )
     caption = (
         f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All pairs of optimizers "
         "were planned; nothing else is tested."
     )
     verdicts = [_condition_verdict(recovery, name) for name in recovery.order]
     verdicts += [_contrast_verdict(pair, result) for pair, result in zip(pairs, tested, strict=True)]
-    table = contrast_table(tested, "difference (nats)", beside, "difference in accuracy (points)", caption) if tested else None
+    table = (
+        contrast_table(tested, "difference (nats)", beside, "difference in accuracy (points)", caption)
+        if tested
+        else None
+    )
     return Report(
         title="Recovery from a hardware fault",
         question=STUDY.question,
@@ -198,4 +257,5 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         contrasts=table,
         runs=len(recovery.scores.by_run) - pending,
         notes=notes,
+        pdf=figures_as_pdf(results),
     )

@@ -14,7 +14,7 @@ from ...analysis.paired import Estimate, estimate, wilson
 from ...analysis.recovery import Recovery
 from ...analysis.results import ResultsLike
 from ...report import Column, SummaryItem, TableBlock
-from ..common import bounded, item, plain_item
+from ..common import bounded, item, plain_item, scaled
 from .overview import head_to_head
 
 EARLY_EPOCH = 1  # a hit in epoch 0 or 1 is early, as in the published reports
@@ -46,8 +46,14 @@ def condition_summary(recovery: Recovery) -> dict[str, SummaryItem]:
         if rows.is_empty():
             continue
         key = f"recovery/{name}"
-        for column in ("excess_test_loss", "excess_test_accuracy", "final_test_loss", "final_test_accuracy",
-                       "twin_test_loss", "twin_test_accuracy"):  # fmt: skip
+        for column in (
+            "excess_test_loss",
+            "excess_test_accuracy",
+            "final_test_loss",
+            "final_test_accuracy",
+            "twin_test_loss",
+            "twin_test_accuracy",
+        ):
             out[f"{key}/{column}"] = _within(column, item(mean_of(rows, column)))
         for column in ("pre_hit_test_loss", "pre_hit_test_accuracy"):
             if rows[column].drop_nulls().len():
@@ -70,44 +76,48 @@ def condition_table(recovery: Recovery, summary: Mapping[str, SummaryItem]) -> T
     columns = [
         Column("optimizer"),
         Column("n", "d", "cases"),
-        Column("excess test loss (nats)", "+.4f", "over the twin at the end of recovery, failures included; mean and 95 % interval"),
+        Column(
+            "excess test loss (nats)",
+            "+.4f",
+            "over the twin at the end of recovery, failures included; mean and 95 % interval",
+        ),
         Column("median", "+.4f", "median excess test loss"),
         Column("failure rate (%)", ".0f", "share of faulted runs that failed, 95 % Wilson interval"),
         Column("excess test accuracy (points)", "+.2f", "over the twin"),
         Column("final test accuracy (%)", ".1f", "with the fault"),
         Column("twin's (%)", ".1f", "final test accuracy without the fault"),
-        Column("test loss before the hit (nats)", ".3f", "last evaluation before the hit; cases hit before the first evaluation are left out"),
+        Column(
+            "test loss before the hit (nats)",
+            ".3f",
+            "last evaluation before the hit; cases hit before the first evaluation are left out",
+        ),
         Column("exactly masked", "", "cases whose final test loss equals the twin's to the bit"),
         Column("steps to recover", "", "median; training loss within 0.05 nats of the twin's on 5 consecutive batches"),
     ]
-    rows = []
+    rows: list[list[Any]] = []
     for name in recovery.order:
         part = own(recovery, name)
         if part.is_empty():
             rows.append([name, 0, *[None] * (len(columns) - 2)])
             continue
         key = f"recovery/{name}"
-        rows.append([
-            name,
-            len(part),
-            summary[f"{key}/excess_test_loss"],
-            summary[f"{key}/median_excess_test_loss"],
-            _scaled(summary[f"{key}/failure_rate"]),
-            _scaled(summary[f"{key}/excess_test_accuracy"]),
-            _scaled(summary[f"{key}/final_test_accuracy"]),
-            100 * (summary[f"{key}/twin_test_accuracy"].value or 0.0),
-            summary[f"{key}/pre_hit_test_loss"].value if f"{key}/pre_hit_test_loss" in summary else None,
-            f"{int((part['excess_test_loss'] == 0).sum())} of {len(part)}",
-            steps_text(part["recovery_steps"].to_list(), int(part["steps_watched"].max())),  # type: ignore[arg-type]
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                len(part),
+                summary[f"{key}/excess_test_loss"],
+                summary[f"{key}/median_excess_test_loss"],
+                scaled(summary[f"{key}/failure_rate"], 100.0),
+                scaled(summary[f"{key}/excess_test_accuracy"], 100.0),
+                scaled(summary[f"{key}/final_test_accuracy"], 100.0),
+                100 * (summary[f"{key}/twin_test_accuracy"].value or 0.0),
+                summary[f"{key}/pre_hit_test_loss"].value if f"{key}/pre_hit_test_loss" in summary else None,
+                f"{int((part['excess_test_loss'] == 0).sum())} of {len(part)}",
+                steps_text(part["recovery_steps"].to_list(), int(part["steps_watched"].max())),  # type: ignore[arg-type]
+            ]
+        )
     method = next(iter(summary.values())).method
     return TableBlock(columns, rows, f"Mean over cases with {method}; failure rate with 95 % Wilson interval.")
-
-
-def _scaled(entry: SummaryItem) -> SummaryItem:
-    ends = (None if end is None else 100 * end for end in (entry.value, entry.low, entry.high))
-    value, low, high = ends
-    return SummaryItem(value, entry.n, low, high, entry.method)
 
 
 def failure_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
@@ -120,13 +130,38 @@ def failure_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
         case = cases[int(run["replicate"])]
         after = None if score.failed_step is None else score.failed_step - int(case["step"])
         value = case.get("rule", {}).get("value")
-        rows.append([recovery.labels[int(run["cell"])], int(run["replicate"]), run["role"], case["layer"], value, int(case["step"]),
-                     score.failed_step, after, score.reason, score.run])  # fmt: skip
-    columns = [Column("optimizer"), Column("case", "d"), Column("role"), Column("layer"), Column("value", ".3g"),
-               Column("hit step", "d"), Column("failed at step", "d"), Column("steps after the hit", "+d"),
-               Column("reason"), Column("run")]  # fmt: skip
+        rows.append(
+            [
+                recovery.labels[int(run["cell"])],
+                int(run["replicate"]),
+                run["role"],
+                case["layer"],
+                value,
+                int(case["step"]),
+                score.failed_step,
+                after,
+                score.reason,
+                score.run,
+            ]
+        )
+    columns = [
+        Column("optimizer"),
+        Column("case", "d"),
+        Column("role"),
+        Column("layer"),
+        Column("value", ".3g"),
+        Column("hit step", "d"),
+        Column("failed at step", "d"),
+        Column("steps after the hit", "+d"),
+        Column("reason"),
+        Column("run"),
+    ]
     twins = sum(row[2] == "twin" for row in rows)
-    caption = f"{twins} of them are twins, which no fault touched: their optimizer or learning rate is at fault." if twins else ""
+    caption = (
+        f"{twins} of them are twins, which no fault touched: their optimizer or learning rate is at fault."
+        if twins
+        else ""
+    )
     return TableBlock(columns, rows, caption)
 
 
@@ -136,7 +171,10 @@ def realised(results: ResultsLike, case: int, optimizers: int) -> str:
     if not hits:
         return "not hit"
     met = len({str(hit["run"]) for hit in hits})
-    places = {(hit["step"], hit["site"], hit["layer"], json.dumps(hit["rule"], sort_keys=True), json.dumps(hit["index"])) for hit in hits}
+    places = {
+        (hit["step"], hit["site"], hit["layer"], json.dumps(hit["rule"], sort_keys=True), json.dumps(hit["index"]))
+        for hit in hits
+    }
     return f"{met} of {optimizers}, {'same elements' if len(places) == 1 else 'DIFFERENT elements'}"
 
 
@@ -147,24 +185,55 @@ def case_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
         number = int(case["replicate"])
         part = recovery.measures.filter(pl.col("replicate") == number)
         mean = float(np.mean(part["excess_test_loss"].to_numpy())) if len(part) else None
-        rows.append([number, int(case["step"]), int(case["epoch"]), case["layer"], case.get("rule", {}).get("value"),
-                     len(case["index"]), realised(results, number, len(recovery.order)),
-                     f"{int(part['failed'].sum())} of {len(part)}", mean])  # fmt: skip
-    columns = [Column("case", "d"), Column("hit step", "d"), Column("epoch", "d"), Column("layer"), Column("value", ".3g"),
-               Column("elements", "d"), Column("hit in optimizers"), Column("failed"),
-               Column("mean excess test loss (nats)", "+.4f")]  # fmt: skip
-    return TableBlock(columns, rows, "One planned fault per case, met by every optimizer; its position and value are in campaign.jsonl.")
+        rows.append(
+            [
+                number,
+                int(case["step"]),
+                int(case["epoch"]),
+                case["layer"],
+                case.get("rule", {}).get("value"),
+                len(case["index"]),
+                realised(results, number, len(recovery.order)),
+                f"{int(part['failed'].sum())} of {len(part)}",
+                mean,
+            ]
+        )
+    columns = [
+        Column("case", "d"),
+        Column("hit step", "d"),
+        Column("epoch", "d"),
+        Column("layer"),
+        Column("value", ".3g"),
+        Column("elements", "d"),
+        Column("hit in optimizers"),
+        Column("failed"),
+        Column("mean excess test loss (nats)", "+.4f"),
+    ]
+    return TableBlock(
+        columns,
+        rows,
+        "One planned fault per case, met by every optimizer; its position and value are in campaign.jsonl.",
+    )
 
 
 def pair_table(recovery: Recovery) -> TableBlock:
     """Every case of every optimizer."""
-    names = [("condition", "optimizer", ""), ("replicate", "case", "d"), ("failed", "failed", ""),
-             ("pre_hit_loss", "loss before the hit", ".3f"), ("hit_loss", "loss at the hit", ".3g"),
-             ("post_hit_loss", "loss one step later", ".3g"), ("excess_at_hit", "excess at the hit", "+.3g"),
-             ("peak_excess", "peak excess", "+.3g"), ("area", "area (nat steps)", "+.3g"),
-             ("recovery_steps", "steps to recover", "d"), ("final_test_loss", "final test loss", ".4f"),
-             ("twin_test_loss", "twin's", ".4f"), ("excess_test_loss", "excess test loss", "+.4f"),
-             ("excess_test_accuracy", "excess test accuracy", "+.4f")]  # fmt: skip
+    names = [
+        ("condition", "optimizer", ""),
+        ("replicate", "case", "d"),
+        ("failed", "failed", ""),
+        ("pre_hit_loss", "loss before the hit", ".3f"),
+        ("hit_loss", "loss at the hit", ".3g"),
+        ("post_hit_loss", "loss one step later", ".3g"),
+        ("excess_at_hit", "excess at the hit", "+.3g"),
+        ("peak_excess", "peak excess", "+.3g"),
+        ("area", "area (nat steps)", "+.3g"),
+        ("recovery_steps", "steps to recover", "d"),
+        ("final_test_loss", "final test loss", ".4f"),
+        ("twin_test_loss", "twin's", ".4f"),
+        ("excess_test_loss", "excess test loss", "+.4f"),
+        ("excess_test_accuracy", "excess test accuracy", "+.4f"),
+    ]
     rows = recovery.measures.select([name for name, _, _ in names]).rows()
     caption = (
         "Losses in nats on the batch of that step at the weights before its update, excess over the twin on the same batch; "
@@ -176,9 +245,7 @@ def pair_table(recovery: Recovery) -> TableBlock:
 def head_table(recovery: Recovery) -> TableBlock:
     """Wins, ties and losses of the row against the column."""
     table = head_to_head(recovery)
-    rows = [
-        [a, *(None if a == b else "{}/{}/{}".format(*table[a, b]) for b in recovery.order)] for a in recovery.order
-    ]  # fmt: skip
+    rows = [[a, *(None if a == b else "{}/{}/{}".format(*table[a, b]) for b in recovery.order)] for a in recovery.order]
     caption = (
         "Cases in which the row's excess test loss is lower / equal / higher than the column's. Equal means to the bit "
         "(both masked) or both failed; a failed run loses to one that finished."
@@ -194,9 +261,28 @@ def breakdown(recovery: Recovery, key: pl.Expr, title: str) -> TableBlock:
         for name in recovery.order:
             part = tagged.filter((pl.col("group") == group) & (pl.col("condition") == name))
             if len(part):
-                rows.append([group, name, len(part), item(mean_of(part, "excess_test_loss")),
-                             float(part["excess_test_loss"].min()), float(part["excess_test_loss"].max()),  # type: ignore[arg-type]
-                             f"{int(part['failed'].sum())} of {len(part)}"])  # fmt: skip
-    columns = [Column(title), Column("optimizer"), Column("n", "d"), Column("excess test loss (nats)", "+.4f"),
-               Column("best", "+.4f"), Column("worst", "+.4f"), Column("failed")]  # fmt: skip
-    return TableBlock(columns, rows, f"By {title}; mean over cases with its 95 % interval. Exploratory: no contrast here was planned, none is tested.")
+                rows.append(
+                    [
+                        group,
+                        name,
+                        len(part),
+                        item(mean_of(part, "excess_test_loss")),
+                        float(part["excess_test_loss"].min()),
+                        float(part["excess_test_loss"].max()),  # type: ignore[arg-type]
+                        f"{int(part['failed'].sum())} of {len(part)}",
+                    ]
+                )
+    columns = [
+        Column(title),
+        Column("optimizer"),
+        Column("n", "d"),
+        Column("excess test loss (nats)", "+.4f"),
+        Column("best", "+.4f"),
+        Column("worst", "+.4f"),
+        Column("failed"),
+    ]
+    return TableBlock(
+        columns,
+        rows,
+        f"By {title}; mean over cases with its 95 % interval. Exploratory: no contrast here was planned, none is tested.",
+    )
