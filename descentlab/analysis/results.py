@@ -56,7 +56,7 @@ def last_attempts(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def setting_columns(frame: pl.DataFrame) -> list[str]:
-    """The settings that vary across cells, ``optimizer`` itself apart: constant within each cell, unlike an observable."""
+    """Settings that vary across cells, ``optimizer`` apart; constant within a cell, unlike an observable."""
     names = [name for name in frame.columns if name not in MEASURES | IDENTITY]
     if not names:
         return []

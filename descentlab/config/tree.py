@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..core.specs import Spec, extent
 from ..observe.specs import Observe
@@ -24,6 +24,7 @@ class StudySpec(Spec):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="one of auto, cpu, cuda, cuda:N, mps"
     )
     processes: NonNegativeInt = extent(0, description="worker processes; 0 = one per core")
+    checkpoint_s: PositiveFloat = extent(20.0, description="seconds of work a kill can cost at most")
     dtype: Literal["float32", "float64"] = "float32"
     dataset: Dataset = Mnist5k()
     model: Model = Mlp()

@@ -68,6 +68,7 @@ def serve(link: Link, worker: int, build: Build, plan: BlockPlan) -> None:
         raise
     except Exception as error:  # a process has nobody above it to raise to
         link.send((-1, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        link.receive()  # stay until the server hangs up: it takes an early end for a crash
 
 
 @final
@@ -95,8 +96,7 @@ class ParameterServer(Engine):
 
     def run(self) -> Iterator[Progress]:
         try:
-            modules = ("torch", __name__, getattr(self.build, "func", self.build).__module__)
-            self.hub.open(self.parts.workers, self._serve, modules)
+            self.hub.open(self.parts.workers, self._serve, self._modules())
             for _ in range(self.parts.workers):  # all start together, or the first would be alone for a while
                 self._receive()
             self._started = time.monotonic()
@@ -105,6 +105,10 @@ class ParameterServer(Engine):
             yield from super().run()
         finally:
             self.hub.close()
+
+    def _modules(self) -> tuple[str, ...]:
+        """What every worker imports; the first optimizer of a process imports ``torch._dynamo``, which is slow."""
+        return "torch", "torch._dynamo", __name__, getattr(self.build, "func", self.build).__module__
 
     def _serve(self, worker: int) -> Callable[[Link], None]:
         return partial(serve, worker=worker, build=self.build, plan=self.plan)

@@ -100,7 +100,7 @@ class LocalProcesses:
     def open(self, workers: int, serve: Callable[[int], Serve], modules: Sequence[str]) -> None:
         """See :class:`Hub`."""
         methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload(list(modules))
         key = os.urandom(32)
@@ -163,16 +163,13 @@ class LocalProcesses:
         self._links[worker].send(message)
 
     def close(self) -> None:
-        """See :class:`Hub`: closes the links, then ends what is still alive."""
+        """See :class:`Hub`. Workers hold nothing worth saving, and a stopped one ignores any gentler signal."""
+        for process in self.processes:
+            process.kill()
         for link in self._links.values():
             link.close()
         for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            process.join(5.0)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.join()
             process.close()
         self.processes, self._links = [], {}
         self._ready.clear()

@@ -18,8 +18,6 @@ from ..store import BlockWriter, RunDirectory
 from .build import build_parts
 from .plan import SEMANTICS, Block, read_block
 
-CHECKPOINT_S = 20.0  # seconds of work a kill can cost
-
 
 def open_block(directory: RunDirectory, key: str) -> tuple[Block, StudySpec]:
     """A planned block and the settings it runs under."""
@@ -48,7 +46,6 @@ def run_block(
     *,
     tick: Callable[[int], None] = lambda member_steps: None,
     stop: Callable[[], bool] = lambda: False,
-    checkpoint_s: float = CHECKPOINT_S,
 ) -> str:
     """``done`` or ``interrupted``. ``tick`` gets the member-steps of every update; ``stop`` is asked after each."""
     directory = RunDirectory.open(path)
@@ -65,7 +62,7 @@ def run_block(
         recorder = Recorder(clock_s=held["wall_s"], diverged=dict(held["diverged"]))
     engine = build_engine(block, cell, state, step, recorder)
     names = {run.id: cell.optimizer.name for run in block.plan.runs}
-    due = time.monotonic() + checkpoint_s
+    due = time.monotonic() + cell.checkpoint_s
     for progress in engine.run():
         tick(progress.member_steps)
         stopping = stop()
@@ -73,7 +70,7 @@ def run_block(
             _flush(writer, recorder, names)
             held = {"state": engine.state.state_dict(), "wall_s": recorder.now(), "diverged": dict(recorder.diverged)}
             writer.checkpoint(held, engine.step)
-            due = time.monotonic() + checkpoint_s
+            due = time.monotonic() + cell.checkpoint_s
         if stopping:
             return "interrupted"
     _flush(writer, recorder, names)

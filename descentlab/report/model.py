@@ -112,12 +112,6 @@ class Report:
         """Every figure in the order shown."""
         return [block for section in self.sections for block in section.blocks if isinstance(block, FigureBlock)]
 
-    def write(self, directory: Path) -> None:
-        """index.html, report.md, summary.json and figures/ in ``directory``, each replaced as a whole."""
-        from .render import render
-
-        render(self, directory)
-
     def failure_line(self) -> str:
         """One sentence on what failed."""
         failed = len(self.failures.rows)

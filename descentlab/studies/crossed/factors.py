@@ -49,7 +49,7 @@ class Factorial:
 
 
 def level(settings: Mapping[str, Any], factor: str, cells: Mapping[int, Mapping[str, Any]]) -> str:
-    """The name of a factor's level: its option, and what tells cells with that option apart (``staleness=2`` alone for a delay)."""
+    """A level's name: its option, and what tells cells with that option apart; a delay is just ``staleness=2``."""
     name = str(settings.get(factor) or BASE[factor])
     staleness = settings.get("timeline.staleness")
     if factor == "timeline" and staleness is not None:
@@ -131,7 +131,7 @@ def interactions(data: Factorial) -> list[Interaction]:
 def _interaction(
     data: Factorial, condition: str, factors: tuple[str, str], levels: tuple[str, str]
 ) -> Interaction | None:
-    """[(a, b) - (base, b)] - [(a, base) - (base, base)], averaged over the third factor's levels, replicate by replicate."""
+    """[(a, b) - (0, b)] - [(a, 0) - (0, 0)], 0 = base, averaged over the third factor's levels, per replicate."""
     third = next(f for f in FACTORS if f not in factors)
     signs: list[tuple[Key, int]] = []
     for context in data.levels[third]:

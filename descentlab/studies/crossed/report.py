@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +32,17 @@ from .spec import STUDY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+MEASURES = {  # columns of the table of cells, and the scale each is shown at
+    "accuracy": 100.0,
+    "failure_rate": 100.0,
+    "test_loss": 1.0,
+    "excess_test_loss": 1.0,
+    "excess_test_accuracy": 100.0,
+    "bytes_sent": 1.0,
+    "virtual_s": 1.0,
+}
 
 
 def _costs(results: ResultsLike, data: Factorial) -> dict[Key, dict[str, float]]:
@@ -66,6 +78,10 @@ def cell_summary(results: ResultsLike, data: Factorial) -> dict[str, SummaryItem
     return out
 
 
+def _cell(summary: Mapping[str, SummaryItem], name: str, scale: float) -> SummaryItem | None:
+    return scaled(summary[name], scale) if name in summary else None
+
+
 def cell_table(data: Factorial, summary: dict[str, SummaryItem]) -> TableBlock:
     """One row per cell."""
     columns = [
@@ -82,38 +98,11 @@ def cell_table(data: Factorial, summary: dict[str, SummaryItem]) -> TableBlock:
         Column("bytes sent", ",.0f", "per run, both directions, mean of runs that reached the end"),
         Column("virtual time (s)", ",.4g", "per run, mean of runs that reached the end"),
     ]
-    rows = []
+    rows: list[list[Any]] = []
     for key in data.keys:
         name = f"crossed/{'+'.join(key)}"
-        found = {
-            m: summary.get(f"{name}/{m}")
-            for m in (
-                "accuracy",
-                "failure_rate",
-                "test_loss",
-                "excess_test_loss",
-                "excess_test_accuracy",
-                "bytes_sent",
-                "virtual_s",
-            )
-        }
-        percent = {
-            m: None if found[m] is None else scaled(found[m], 100.0)
-            for m in ("accuracy", "failure_rate", "excess_test_accuracy")
-        }  # type: ignore[arg-type]
-        rows.append(
-            [
-                *key,
-                len(data.replicates(key)),
-                percent["accuracy"],
-                percent["failure_rate"],
-                found["test_loss"],
-                found["excess_test_loss"],
-                percent["excess_test_accuracy"],
-                found["bytes_sent"],
-                found["virtual_s"],
-            ]
-        )
+        n = len(data.replicates(key))
+        rows.append([*key, n, *(_cell(summary, f"{name}/{measure}", scale) for measure, scale in MEASURES.items())])
     methods = [entry.method for name, entry in summary.items() if name.endswith("/test_loss")]
     return TableBlock(columns, rows, f"Mean over replicates with {methods[0] if methods else 'no interval'}.")
 
@@ -216,8 +205,10 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     for interaction, result in zip(found, tested, strict=True):
         summary[f"crossed/{interaction.condition}/{interaction.name}"] = contrast_item(result)
     caption = (
-        "Difference of differences of final test loss, paired by replicate and averaged over the levels of the third factor: above 0, the two "
-        "conditions together cost more than the sum of their separate effects. Planned: every pair of factors for every optimizer."
+        "Difference of differences of final test loss, paired by replicate and averaged over the levels of the third "
+        "factor: above 0, the two "
+        "conditions together cost more than the sum of their separate effects. Planned: every pair of factors for "
+        "every optimizer."
     )
     pending = len(data.scores.by_run) - len(ended)
     notes = (
@@ -228,7 +219,8 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     picture = FigureBlock(
         "crossed",
         figure(data, summary, found, tested),
-        f"(a) Mean final test loss of every cell, named by what is not ideal in it; (b) planned interactions; n = {n} replicates, {method}, not corrected for several contrasts.",
+        f"(a) Mean final test loss of every cell, named by what is not ideal in it; (b) planned interactions; n = {n} "
+        f"replicates, {method}, not corrected for several contrasts.",
         "Test loss of every cell and interactions between conditions, with intervals",
     )
     sections = [
@@ -237,8 +229,10 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
             "How the numbers are made",
             [
                 Paragraph(
-                    "Every cell shares seeds, initial weights and batches with the others of its replicate; the cell without a fault is the twin "
-                    "of the same cell with it. Test loss and accuracy are read at the last step at which a run and its twin were both "
+                    "Every cell shares seeds, initial weights and batches with the others of its replicate; the cell "
+                    "without a fault is the twin "
+                    "of the same cell with it. Test loss and accuracy are read at the last step at which a run and "
+                    "its twin were both "
                     "evaluated." + _hit_text(results)
                 ),
                 Paragraph(failure_rule_text(data.scores)),

@@ -158,7 +158,7 @@ def mean_band(values: np.ndarray) -> Band:
 
 
 def median_band(values: np.ndarray) -> Band:
-    """Median and quartiles over cases of values [cases, steps] (infinities count), where half of the cases contribute."""
+    """Median and quartiles over cases of values [cases, steps] (infinities count), where half the cases are."""
     n = (~np.isnan(values)).sum(axis=0)
     out = np.full((3, values.shape[1]), np.nan)
     for j in np.flatnonzero((n >= 1) & (2 * n >= len(values))):
@@ -252,17 +252,14 @@ def state(recovery: Recovery) -> Figure:
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)
         for index, (column, label) in enumerate(panels):
             ax = axes[0, index]
-            largest = 1.0
-            for name, ratio in state_ratios(recovery, column, steps).items():
-                if not np.isfinite(ratio).any():  # an optimizer without slots
-                    continue
-                centre, low, high = median_band(ratio)
-                finite = ratio[np.isfinite(ratio)]
-                largest = max(largest, float(np.nanquantile(finite, 0.99)))
-                _draw_band(ax, steps, (centre, low, np.where(np.isinf(high), 1e300, high)), look[name], label=name)
+            ratios = {n: r for n, r in state_ratios(recovery, column, steps).items() if np.isfinite(r).any()}
+            top = max([10.0, *(10 * float(np.nanmax(r, where=np.isfinite(r), initial=1.0)) for r in ratios.values())])
+            for name, ratio in ratios.items():  # an optimizer without slots has no ratio
+                centre, low, high = median_band(np.minimum(ratio, 10 * top))  # non-finite: above the axis
+                _draw_band(ax, steps, (centre, low, high), look[name], label=name)
             ax.set_yscale("log")
-            bottom = min(0.5, ax.dataLim.y0 if ax.dataLim.y0 > 0 else 0.5)
-            ax.set_ylim(max(bottom, 1e-6), max(10.0, largest * 10))
+            least = min([0.5, *(0.5 * float(np.nanmin(r[r > 0])) for r in ratios.values())])
+            ax.set_ylim(max(least, 1e-6), top)
             ax.axhline(1, color=GREY, linewidth=0.7, linestyle=":")
             _hit_line(ax, 0)
             ax.set_xlabel("step after the hit")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import polars as pl
 
@@ -48,11 +50,12 @@ def contrasts_of(recovery: Recovery) -> tuple[list[tuple[str, str]], list[Contra
 
 def _contrast_verdict(pair: tuple[str, str], result: ContrastResult) -> Verdict:
     a, b = pair
+    often = a if result.test.direction < 0 else b
     size = f"{abs(result.estimate.value):.3g} nats"
     text = {
         LOWER: f"{a} against {b}: {a} ends with {size} less excess test loss",
         HIGHER: f"{a} against {b}: {b} ends with {size} less excess test loss",
-        MIXED: f"{a} against {b}: mixed, {a if result.test.direction < 0 else b} is better in most cases, the other in the mean",
+        MIXED: f"{a} against {b}: mixed, {often} is better in most cases, the other in the mean",
         IDENTICAL: f"{a} against {b}: identical in every case",
         UNTESTED: f"{a} against {b}: not tested",
     }.get(result.verdict, f"{a} against {b}: within noise")
@@ -110,26 +113,34 @@ def _comparison_blocks(recovery: Recovery, results: ResultsLike) -> list[FigureB
     for kind, case in typical_cases(recovery):
         about = planned[case]
         caption = (
-            f"The {kind} case (case {case} of {len(planned)}, by mean excess test loss over optimizers): layer {about['layer']}, "
-            f"value {about.get('rule', {}).get('value', float('nan')):.3g}, hit at step {about['step']}. n = 1 per optimizer, so no "
-            f"interval. (a, b) values per batch lightly, centred {figures.SMOOTH}-step moving average on top, never across the hit; "
-            "(c) change against the twin in percentage points above the bars; (d) excess test loss, a failed run at its charge."
+            f"The {kind} case (case {case} of {len(planned)}, by mean excess test loss over optimizers): layer "
+            f"{about['layer']}, "
+            f"value {about.get('rule', {}).get('value', float('nan')):.3g}, hit at step {about['step']}. n = 1 per "
+            "optimizer, so no "
+            f"interval. (a, b) values per batch lightly, centred {figures.SMOOTH}-step moving average on top, never "
+            "across the hit; "
+            "(c) change against the twin in percentage points above the bars; (d) excess test loss, a failed run at "
+            "its charge."
         )
         name = f"comparison_{kind.replace(' ', '_')}"
-        alt = f"Training accuracy and loss by step, final test accuracy and excess test loss of each optimizer in case {case}"
+        alt = f"Training accuracy and loss by step, final test accuracy and excess test loss in case {case}"
         blocks.append(FigureBlock(name, figures.comparison(recovery, case), caption, alt))
     return blocks
 
 
 def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
     zoom = (
-        f"From 10 steps before the hit, cases aligned at the hit (step 0), n = {n} cases where that step exists, drawn where at "
-        "least half do. Top: median and quartiles of training loss over cases; bottom: mean training accuracy, band 95 % t "
+        f"From 10 steps before the hit, cases aligned at the hit (step 0), n = {n} cases where that step exists, "
+        "drawn where at "
+        "least half do. Top: median and quartiles of training loss over cases; bottom: mean training accuracy, band "
+        "95 % t "
         "interval over cases cut at 0 and 1. A failed run counts at its charge from its failure on."
     )
     state = (
-        f"Largest optimizer slot and largest BatchNorm running variance over the twin's at the same step, median and quartiles "
-        f"over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An optimizer without slots has no line."
+        "Largest optimizer slot and largest BatchNorm running variance over the twin's at the same step, median and "
+        "quartiles "
+        f"over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An optimizer without "
+        "slots has no line."
     )
     return [
         FigureBlock(
@@ -149,9 +160,12 @@ def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
 
 def _overview_block(recovery: Recovery, n: int) -> FigureBlock:
     caption = (
-        f"All cases, n = {n} per optimizer. (a) excess test loss, box: quartiles, whiskers: extremes, marks: cases, cross: failed run; "
-        "(b) mean excess training accuracy on the same batches, band: 95 % t interval over cases; (c) share of cases won on excess test "
-        "loss, ties half; (d) excess test accuracy; (e) excess training loss of the faulty forward pass against the final "
+        f"All cases, n = {n} per optimizer. (a) excess test loss, box: quartiles, whiskers: extremes, marks: cases, "
+        "cross: failed run; "
+        "(b) mean excess training accuracy on the same batches, band: 95 % t interval over cases; (c) share of cases "
+        "won on excess test "
+        "loss, ties half; (d) excess test accuracy; (e) excess training loss of the faulty forward pass against the "
+        "final "
         "excess test loss; (f) mean excess test loss by epoch of the hit, colour on an asinh scale."
     )
     return FigureBlock("summary", overview(recovery), caption, "Six panels summarising all cases and optimizers")
@@ -168,7 +182,10 @@ def _interval_block(recovery: Recovery, pairs: list[tuple[str, str]], results: l
         dots.append(Dot(f"{a} \u2212 {b}", r.estimate.value, r.estimate.low, r.estimate.high, "planned contrast"))
     n = max((r.estimate.n for r in results), default=len(recovery.measures))
     method = results[0].estimate.method if results else "95 % interval"
-    caption = f"Mean excess test loss over the twin and its planned differences, n = {n} cases, {method}, not corrected for several contrasts."
+    caption = (
+        f"Mean excess test loss over the twin and its planned differences, n = {n} cases, {method}, "
+        "not corrected for several contrasts."
+    )
     return FigureBlock(
         "excess_test_loss",
         interval_plot(dots, "excess test loss (nats)"),
@@ -200,13 +217,16 @@ def _sections(
             "How the numbers are made",
             [
                 Paragraph(
-                    "Every faulted run has a twin: same seed, batches and optimizer, no fault, identical to the bit before the hit. "
-                    "The primary measure is test loss minus the twin's, in nats, at the last step at which both were evaluated."
+                    "Every faulted run has a twin: same seed, batches and optimizer, no fault, identical to the bit "
+                    "before the hit. "
+                    "The primary measure is test loss minus the twin's, in nats, at the last step at which both were "
+                    "evaluated."
                 ),
                 Paragraph(failure_rule_text(recovery.scores)),
                 Paragraph(statistics_text("a case: one planned fault met by every optimizer")),
                 Paragraph(
-                    f"Steps to recover: first step after the hit that starts {STREAK} consecutive batches on which training loss is within "
+                    f"Steps to recover: first step after the hit that starts {STREAK} consecutive batches on which "
+                    "training loss is within "
                     f"{TOLERANCE_NATS} nats of the twin's; a run that never does is censored, not dropped."
                 ),
             ],
@@ -214,28 +234,46 @@ def _sections(
     ]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Every number of the report, before anything is drawn; ``tested`` and ``beside`` belong to ``pairs`` in order."""
+
+    recovery: Recovery
+    pairs: list[tuple[str, str]]
+    tested: list[ContrastResult]
+    beside: list[Estimate]
+    summary: dict[str, SummaryItem]
+
+
+def answer(results: ResultsLike, classes: int | None = None) -> Answers:
+    """Score, compare and summarise a recovery study; see :func:`build`."""
+    recovery = analyse_recovery(results, classes or class_count(results.spec))
+    if recovery.measures.is_empty():
+        problem = "nothing to report yet, no faulted run and its twin have ended; run the study again to go on"
+        raise StudyError(f"{results.path}: {problem}")
+    pairs, tested, beside = contrasts_of(recovery)
+    return Answers(recovery, pairs, tested, beside, _summary(recovery, pairs, tested, beside))
+
+
 def build(results: ResultsLike, classes: int | None = None) -> Report:
     """The report of a recovery study, finished or not; ``classes`` defaults to what the settings say, else 10.
 
     Raises :class:`StudyError` while no faulted run and its twin have both ended.
     """
-    recovery = analyse_recovery(results, classes or class_count(results.spec))
-    if recovery.measures.is_empty():
-        raise StudyError(
-            f"{results.path}: nothing to report yet, no faulted run and its twin have ended; run the study again to go on"
-        )
-    pairs, tested, beside = contrasts_of(recovery)
-    summary = _summary(recovery, pairs, tested, beside)
+    made = answer(results, classes)
+    recovery, pairs, tested, beside, summary = made.recovery, made.pairs, made.tested, made.beside, made.summary
     pending = len(recovery.scores.pending())
     notes = (
         [
-            f"{pending} of {len(recovery.scores.by_run)} runs have not ended; they and their partners are in no number here."
+            f"{pending} of {len(recovery.scores.by_run)} runs have not ended; they and their partners are in no "
+            "number here."
         ]
         if pending
         else []
     )
     caption = (
-        f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All pairs of optimizers "
+        f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All "
+        "pairs of optimizers "
         "were planned; nothing else is tested."
     )
     verdicts = [_condition_verdict(recovery, name) for name in recovery.order]

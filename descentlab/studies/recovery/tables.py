@@ -113,7 +113,7 @@ def condition_table(recovery: Recovery, summary: Mapping[str, SummaryItem]) -> T
                 100 * (summary[f"{key}/twin_test_accuracy"].value or 0.0),
                 summary[f"{key}/pre_hit_test_loss"].value if f"{key}/pre_hit_test_loss" in summary else None,
                 f"{int((part['excess_test_loss'] == 0).sum())} of {len(part)}",
-                steps_text(part["recovery_steps"].to_list(), int(part["steps_watched"].max())),  # type: ignore[arg-type]
+                steps_text(part["recovery_steps"].to_list(), max(part["steps_watched"].to_list())),
             ]
         )
     method = next(iter(summary.values())).method
@@ -236,7 +236,8 @@ def pair_table(recovery: Recovery) -> TableBlock:
     ]
     rows = recovery.measures.select([name for name, _, _ in names]).rows()
     caption = (
-        "Losses in nats on the batch of that step at the weights before its update, excess over the twin on the same batch; "
+        "Losses in nats on the batch of that step at the weights before its update, excess over the twin on the same "
+        "batch; "
         "test values at the end of recovery. A dash: not recorded, not finite or, for steps to recover, never."
     )
     return TableBlock([Column(title, spec) for _, title, spec in names], rows, caption)
@@ -267,8 +268,8 @@ def breakdown(recovery: Recovery, key: pl.Expr, title: str) -> TableBlock:
                         name,
                         len(part),
                         item(mean_of(part, "excess_test_loss")),
-                        float(part["excess_test_loss"].min()),
-                        float(part["excess_test_loss"].max()),  # type: ignore[arg-type]
+                        min(part["excess_test_loss"].to_list()),
+                        max(part["excess_test_loss"].to_list()),
                         f"{int(part['failed'].sum())} of {len(part)}",
                     ]
                 )
@@ -284,5 +285,6 @@ def breakdown(recovery: Recovery, key: pl.Expr, title: str) -> TableBlock:
     return TableBlock(
         columns,
         rows,
-        f"By {title}; mean over cases with its 95 % interval. Exploratory: no contrast here was planned, none is tested.",
+        f"By {title}; mean over cases with its 95 % interval. Exploratory: no contrast here was planned, none is "
+        "tested.",
     )
