@@ -67,9 +67,10 @@ def hit(layer: nn.Linear, first: int, count: int, value: float) -> Iterator[None
     """
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        wrong = (out - layer.bias).detach().contiguous()
-        wrong.view(-1)[first : first + count] = value
-        return out + (wrong + layer.bias.detach() - out).detach()
+        columns = torch.arange(first, first + count) % layer.out_features
+        wrong = out.detach().clone()
+        wrong.view(-1)[first : first + count] = value + layer.bias.detach()[columns]
+        return out + (wrong - out).detach()  # forward: the wrong values; backward: the identity
 
     handle = layer.register_forward_hook(replace)
     try:
@@ -80,10 +81,7 @@ def hit(layer: nn.Linear, first: int, count: int, value: float) -> Iterator[None
 
 def fork(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A twin: the same weights and the same optimizer state, sharing no memory."""
-    twin = copy.deepcopy(model)
-    twin_optimizer = type(optimizer)(twin.parameters(), **optimizer.defaults)
-    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    return twin, twin_optimizer
+    return copy.deepcopy((model, optimizer))  # copied together, so that the optimizer holds the twin's weights
 
 
 def test_loss(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -227,6 +227,19 @@ def test_a_failure_ranks_last_even_beside_a_poor_twin() -> None:
     assert excess_losses([failed, survivor], [poor, good]) == [2.5, 2.5]
 
 
+def test_a_failed_twin_does_not_credit_the_fault() -> None:
+    """A crashed control must not make the faulted run look better than no fault."""
+    results = recovery_results(diverge=())
+    for line in results.status:
+        if line["run"] == "adam-3-twin":
+            line.update(status="failed", message="out of memory")
+    recovery = analyse_recovery(results, 10)
+    row = recovery.measures.filter((pl.col("condition") == "adam") & (pl.col("replicate") == 3)).row(0, named=True)
+    assert row["twin_failed"] and not row["failed"] and row["rank_score"] == math.inf
+    assert row["excess_test_loss"] == recovery.measures["excess_test_loss"].max()
+    assert row["excess_test_accuracy"] == recovery.measures["excess_test_accuracy"].min()
+
+
 def test_unfinished_runs_are_in_no_statistic_and_counted() -> None:
     results = recovery_results(diverge=())
     results.status = [s for s in results.status if s["run"] != "adam-0-fault"]

@@ -125,10 +125,24 @@ def final_scores(results: ResultsLike, groups: Sequence[Sequence[str]], classes:
 
 
 def excess_losses(fault: Sequence[Score], twin: Sequence[Score]) -> list[float]:
-    """Test loss over the twin, pair by pair, in nats; a failure's excess is at least the worst one survived.
+    """Test loss over the twin, pair by pair, in nats; failures at least as bad as the worst pair that finished.
 
-    Without that floor a failed run beside a poor twin could outrank a run that finished.
+    Without that floor a failed run beside a poor twin could outrank a run that finished. A pair whose *twin* failed
+    is charged the worst excess of all: its difference would otherwise credit the fault with the twin's failure.
     """
-    raw = [a.test_loss - b.test_loss for a, b in zip(fault, twin, strict=True)]
-    worst = max((value for value, score in zip(raw, fault, strict=True) if not score.failed), default=-math.inf)
-    return [max(value, worst) if score.failed else value for value, score in zip(raw, fault, strict=True)]
+    return _excess([a.test_loss - b.test_loss for a, b in zip(fault, twin, strict=True)], fault, twin)
+
+
+def excess_accuracies(fault: Sequence[Score], twin: Sequence[Score]) -> list[float]:
+    """Test accuracy over the twin, pair by pair (0..1); a failed run at chance, a failed twin charged the worst."""
+    losses = _excess([b.test_accuracy - a.test_accuracy for a, b in zip(fault, twin, strict=True)], fault, twin, False)
+    return [0.0 - loss for loss in losses]
+
+
+def _excess(raw: list[float], fault: Sequence[Score], twin: Sequence[Score], floor: bool = True) -> list[float]:
+    pairs = list(zip(raw, fault, twin, strict=True))
+    finished = max((value for value, a, b in pairs if not (a.failed or b.failed)), default=-math.inf)
+    charged = [max(value, finished) if a.failed and floor else value for value, a, _ in pairs]
+    known = [value for value, b in zip(charged, twin, strict=True) if not b.failed]
+    worst = max(known, default=max((abs(value) for value in raw), default=0.0))
+    return [worst if b.failed else value for value, b in zip(charged, twin, strict=True)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .failures import PENDING, Scores, excess_losses, final_scores
+from .failures import PENDING, Score, Scores, excess_accuracies, excess_losses, final_scores
 from .results import ResultsLike, cell_settings, condition_labels, last_attempts
 
 PER_STEP = ("train_loss", "train_accuracy", "slot_max", "bn_var_max")
@@ -111,13 +111,12 @@ def hit_measures(part: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _pre_hit_test(frame: pl.DataFrame, run: str, hit_step: int) -> tuple[float | None, float | None]:
-    """Test loss and accuracy at the last evaluation before the hit."""
-    rows = frame.filter((pl.col("run") == run) & (pl.col("step") < hit_step)).select(
-        "step", "test_loss", "test_accuracy"
-    )
-    seen = rows.drop_nulls().sort("step")
-    return (float(seen["test_loss"][-1]), float(seen["test_accuracy"][-1])) if len(seen) else (None, None)
+def _pre_hit_test(frame: pl.DataFrame, run: str, hit_step: int) -> dict[str, float | None]:
+    """Test loss and accuracy at the last evaluation before the hit; None where there was none."""
+    names = ("test_loss", "test_accuracy")
+    seen = frame.filter((pl.col("run") == run) & (pl.col("step") < hit_step)).select("step", *names)
+    seen = seen.drop_nulls().sort("step")
+    return {f"pre_hit_{name}": float(seen[name][-1]) if len(seen) else None for name in names}
 
 
 def analyse_recovery(results: ResultsLike, classes: int) -> Recovery:
@@ -147,13 +146,11 @@ def analyse_recovery(results: ResultsLike, classes: int) -> Recovery:
     keys = ("run", "twin", "condition", "replicate", "hit_step")
     steps = paired_steps(results.frame, pl.DataFrame([{key: row[key] for key in keys} for row in records]))
     parts = steps.partition_by("condition", "replicate", as_dict=True)
-    excess = excess_losses([scores[row["run"]] for row in records], [scores[row["twin"]] for row in records])
-    for row, over in zip(records, excess, strict=True):
+    sides = [scores[row["run"]] for row in records], [scores[row["twin"]] for row in records]
+    for row, loss, accuracy in zip(records, excess_losses(*sides), excess_accuracies(*sides), strict=True):
         row.update(hit_measures(parts[row["condition"], row["replicate"]]))
-        row["pre_hit_test_loss"], row["pre_hit_test_accuracy"] = _pre_hit_test(
-            results.frame, row["run"], row["hit_step"]
-        )
-        row.update(_final(scores, row["run"], row["twin"], over))
+        row.update(_pre_hit_test(results.frame, row["run"], row["hit_step"]))
+        row.update(_final(scores[row["run"]], scores[row["twin"]], loss, accuracy))
     return Recovery(order, cells, labels, scores, pl.DataFrame(records, infer_schema_length=None), steps, classes)
 
 
@@ -162,19 +159,19 @@ def _fault_value(case: Mapping[str, Any]) -> float:
     return math.nan if value is None else float(value)
 
 
-def _final(scores: Scores, run: str, twin: str, excess: float) -> dict[str, Any]:
-    fault, control = scores[run], scores[twin]
+def _final(fault: Score, twin: Score, loss: float, accuracy: float) -> dict[str, Any]:
     return {
         "failed": fault.failed,
-        "twin_failed": control.failed,
+        "twin_failed": twin.failed,
+        "pair_failed": fault.failed or twin.failed,
         "final_step": fault.step,
         "final_test_loss": fault.test_loss,
         "final_test_accuracy": fault.test_accuracy,
-        "twin_test_loss": control.test_loss,
-        "twin_test_accuracy": control.test_accuracy,
-        "excess_test_loss": excess,
-        "excess_test_accuracy": fault.test_accuracy - control.test_accuracy,
-        "rank_score": math.inf if fault.failed else excess,  # for head-to-head: a failure ranks last
+        "twin_test_loss": twin.test_loss,
+        "twin_test_accuracy": twin.test_accuracy,
+        "excess_test_loss": loss,
+        "excess_test_accuracy": accuracy,
+        "rank_score": math.inf if fault.failed or twin.failed else loss,  # head-to-head: a failure ranks last
     }
 
 

@@ -85,7 +85,11 @@ class Streams:
     ) -> np.ndarray:
         """A uniform permutation of ``range(n)``, int64 ``[n]`` or ``[M, n]`` (sort of 53-bit keys, ties by position)."""
         keys = self.uniform(purpose, n, replicate=replicate, worker=worker, step=step)
-        return np.argsort(keys, axis=-1, kind="stable")
+        order = np.argsort(keys, axis=-1)  # several times faster than a stable sort, and the same unless keys are equal
+        ranked = np.take_along_axis(keys, order, axis=-1)
+        if (ranked[..., 1:] == ranked[..., :-1]).any():
+            return np.argsort(keys, axis=-1, kind="stable")
+        return order
 
     def torch_seed(self, purpose: str, *, replicate: int, worker: int = 0, step: int = 0) -> int:
         """A 63-bit seed for a library that insists on its own generator (torch's initialisers)."""

@@ -54,6 +54,7 @@ class Parts:
     workers: int = 1
     every: int = 1
     evaluate_every: int = 10
+    hit_artifacts: bool = False
 
 
 @dataclass
@@ -129,6 +130,8 @@ class Engine(ABC):
             yield self._update()
 
     def _fork(self) -> None:
+        if self.step not in self.plan.changes:
+            return
         slots = self.plan.slots(self.step)
         if slots != self.slots:
             chosen = parents(self.slots, slots)
@@ -138,7 +141,9 @@ class Engine(ABC):
     def _update(self) -> Progress:
         state, now = self.state, self.round()
         contributions = [self._work(now, k) for k in range(now.workers.shape[1])]
-        before = clone(state.params) if self._keep_before else None
+        due = self._evaluations_due()
+        recording = bool(due) or self.step % self.parts.every == 0
+        before = clone(state.params) if self._keep_before and recording else None
         grads = self._exchange(now, [g.grads for g in contributions])
         lr = self._rates()
         self.parts.optimizer.apply(state, grads, lr)
@@ -147,7 +152,8 @@ class Engine(ABC):
         loss = torch.stack([g.loss for g in contributions]).mean(0)
         accuracy = torch.stack([g.accuracy for g in contributions]).mean(0)
         self._advance(now)
-        self._record(Measured(state, grads, loss, accuracy, lr, before, None))
+        if recording:
+            self._record(Measured(state, grads, loss, accuracy, lr, before, None), due)
         self.step += 1
         return Progress(self.step, len(self.slots), self.recorder, state)
 
@@ -163,14 +169,15 @@ class Engine(ABC):
         cursor = state.worker["cursor"][rows, torch.from_numpy(workers)].numpy()
         index = torch.from_numpy(self.parts.sampler.indices(self.replicates, workers, cursor))
         x, y = self.parts.train
-        batch = Batch(x[index], y[index])
+        batch = Batch(_rows(x, index), _rows(y, index))
         buffers = state.buffers
         if "buffers" in state.worker:
             at = torch.from_numpy(workers)
             buffers = tree_map(lambda b: b[rows, at], state.worker["buffers"])
         view = State({**state.server, "params": self.view(now.versions[:, k]), "buffers": buffers})
         masks = self._masks(workers, cursor)
-        due = [m for m, slot in enumerate(self.slots) if self._due(slot, int(workers[m]))]
+        hit = self.step in self.plan.planned_steps
+        due = [m for m, slot in enumerate(self.slots) if self._due(slot, int(workers[m]))] if hit else []
         if not due:
             return self.parts.many.work(view, batch, Ops(masks=masks) if masks else None)
         return self._work_split(view, batch, masks, due)
@@ -188,7 +195,10 @@ class Engine(ABC):
             part = {k: mask[members] for k, mask in masks.items()}
             ops = Ops(self._edits(members[0]) if members is not rest else {}, part)
             needed = ops if ops.edits or ops.masks else None
-            results.append(work.work(view.take(members), batch.take(members), needed))
+            part_view, part_batch = view.take(members), batch.take(members)
+            if members is not rest:
+                self._keep_scene(members[0], part_view, part_batch)
+            results.append(work.work(part_view, part_batch, needed))
         order = torch.argsort(torch.tensor([m for members in groups for m in members]))
         joined = Grads(
             cat([g.grads for g in results]),
@@ -203,6 +213,14 @@ class Engine(ABC):
             joined.loss[pick],
             joined.accuracy[pick],
         )
+
+    def _keep_scene(self, m: int, view: State, batch: Batch) -> None:
+        """What a replay of the hit of member ``m`` needs: weights and buffers before it, and the batch."""
+        found = self.slots[m].planned_at(self.step)
+        if self.parts.hit_artifacts and found is not None and found[1]:
+            tensors = {f"params/{k}": p for k, p in view.params.items()}
+            tensors |= {f"buffers/{k}": b for k, b in view.buffers.items()} | {"x": batch.x, "y": batch.y}
+            self.recorder.scene(self.slots[m], {name: t[0].cpu().numpy() for name, t in tensors.items()})
 
     def _edits(self, m: int) -> dict:
         """The edit of a perturbed member; for its twin the identity at the same site, so both take the same route."""
@@ -241,7 +259,10 @@ class Engine(ABC):
     def _exchange(self, now: Round, grads: list[Tree]) -> Tree:
         """Drive the compressor's coroutine: the mean over the K contributions answers each collective."""
         state, k = self.state, len(grads)
-        stacked = {n: torch.stack([g[n] for g in grads], dim=1) for n in grads[0]}
+        if k == 1:  # views, no copy
+            stacked = {n: g.unsqueeze(1) for n, g in grads[0].items()}
+        else:
+            stacked = {n: torch.stack([g[n] for g in grads], dim=1) for n in grads[0]}
         rows, at = torch.arange(len(self.slots)).unsqueeze(1), torch.from_numpy(now.workers)
         memory = tree_map(lambda t: t[rows, at], state.worker["memory"])
         exchange = self.parts.compressor.exchange(stacked, memory, state.shared)
@@ -291,9 +312,8 @@ class Engine(ABC):
         epoch_samples = self.parts.sampler.steps_per_epoch * self.parts.sampler.batch_size
         clock["epoch"].copy_((clock["samples"] - 1) // epoch_samples)
 
-    def _record(self, m: Measured) -> None:
-        """One row per run on the per-step schedule; scheduled observables only for the members due."""
-        due = [i for i, slot in enumerate(self.slots) if self._evaluation_due(slot)]
+    def _record(self, m: Measured, due: Sequence[int]) -> None:
+        """One row per run; scheduled observables only for the members ``due``."""
         scheduled: dict[str, dict[int, float]] = {}
         if due:
             part = self.state.take(due)
@@ -302,8 +322,6 @@ class Engine(ABC):
             for observable in self.parts.on_schedule:
                 for name, values in observable.measure(look).items():
                     scheduled[name] = dict(zip(due, values.tolist(), strict=True))
-        if self.step % self.parts.every and not due:
-            return
         clock = self.state.clock
         row = {k: clock[k] for k in ("attempt", "epoch", "samples", "virtual_s", "bytes_sent")}
         row["step"] = torch.full_like(clock["step"], self.step)
@@ -311,8 +329,22 @@ class Engine(ABC):
             row.update(observable.measure(m))
         self.recorder.rows(self.slots, row, scheduled)
 
-    def _evaluation_due(self, slot: Slot) -> bool:
+    def _evaluations_due(self) -> list[int]:
+        """The members whose evaluation falls on this step; members with the same schedule are asked once."""
+        asked: dict[tuple[tuple[int, int], ...], bool] = {}
+        due = []
+        for m, slot in enumerate(self.slots):
+            if slot.schedule not in asked:
+                asked[slot.schedule] = any(self._evaluation_due(stop, anchor) for stop, anchor in slot.schedule)
+            if asked[slot.schedule]:
+                due.append(m)
+        return due
+
+    def _evaluation_due(self, stop: int, anchor: int) -> bool:
         every, step = self.parts.evaluate_every, self.step
-        return any(
-            step == run.stop - 1 or (every > 0 and (step - run.anchor) % every == 0) for run in slot.runs
-        )
+        return step == stop - 1 or (every > 0 and (step - anchor) % every == 0)
+
+
+def _rows(t: Tensor, index: Tensor) -> Tensor:
+    """``t[index]`` for an ``index`` ``[M, B]`` (``index_select`` is the faster of the two)."""
+    return t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:])

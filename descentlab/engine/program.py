@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from ..core.opmode import OpRecord
@@ -65,6 +66,11 @@ class Slot:
     def lr(self) -> float:
         return self.runs[0].lr
 
+    @cached_property
+    def schedule(self) -> tuple[tuple[int, int], ...]:
+        """(stop, anchor) of each run: what decides when this member is evaluated."""
+        return tuple((run.stop, run.anchor) for run in self.runs)
+
     def planned_at(self, step: int) -> tuple[Planned, bool] | None:
         """The perturbation due at ``step``, and whether this member meets it or is only the twin of one that does."""
         for run in self.runs:
@@ -88,6 +94,17 @@ class BlockPlan:
     def stop(self) -> int:
         return max(r.stop for r in self.runs)
 
+    @cached_property
+    def changes(self) -> frozenset[int]:
+        """The steps at which :meth:`slots` may differ from those one step before."""
+        forks = {fork for run in self.runs if (fork := run.forks_at()) is not None}
+        return frozenset({0, *(run.stop for run in self.runs), *forks})
+
+    @cached_property
+    def planned_steps(self) -> frozenset[int]:
+        """The steps at which any run meets a perturbation, or is the twin of one that does."""
+        return frozenset(p.step for run in self.runs for p in run.planned)
+
     def slots(self, step: int) -> tuple[Slot, ...]:
         """The ensemble's members at ``step``: a pure function of the plan, so a resumed block rebuilds it.
 
@@ -104,7 +121,7 @@ class BlockPlan:
 
     def work_units(self) -> int:
         """Member-steps of the whole block, the unit of progress and cost."""
-        changes = sorted({0, *(r.stop for r in self.runs), *(f for r in self.runs if (f := r.forks_at()) is not None)})
+        changes = sorted(self.changes)
         return sum(
             len(self.slots(a)) * (b - a) for a, b in zip(changes[:-1], changes[1:], strict=True)
         )

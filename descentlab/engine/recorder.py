@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..core.protocols import Hit
@@ -21,6 +22,7 @@ class Recorder:
     diverged: dict[str, int] = field(default_factory=dict)  # run -> first step with a non-finite loss or weight
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _hits: list[dict[str, Any]] = field(default_factory=list)
+    _scenes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
 
     def now(self) -> float:
@@ -57,6 +59,15 @@ class Recorder:
                     "new": list(hit.new),
                 }
             )
+
+    def scene(self, slot: Slot, arrays: dict[str, np.ndarray]) -> None:
+        """Keep what is needed to replay the hit of this member elsewhere."""
+        self._scenes.update({run.id: arrays for run in slot.runs})
+
+    def scenes(self) -> dict[str, dict[str, np.ndarray]]:
+        """Run -> arrays of its hit, since the last call."""
+        scenes, self._scenes = self._scenes, {}
+        return scenes
 
     def flush(self) -> tuple[dict[str, list[Any]], list[dict[str, Any]]]:
         """Columns and hits since the last flush; the buffers are empty afterwards. Missing values are None."""

@@ -25,6 +25,8 @@ class Objective(Protocol):
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor: ...
 
+    def vectorised_loss(self, output: Tensor, y: Tensor) -> Tensor: ...
+
     def accuracy(self, output: Tensor, y: Tensor) -> Tensor: ...
 
 
@@ -105,14 +107,14 @@ class VmapWork:
                     output = functional_call(module, (params, fresh), (x,))
             else:
                 output = functional_call(module, (params, fresh), (x,))
-            return objective.loss(output, y), (fresh, objective.accuracy(output.detach(), y))
+            return objective.vectorised_loss(output, y), (fresh, objective.accuracy(output.detach(), y))
 
         self._grad = vmap(grad_and_value(loss, has_aux=True), in_dims=(0, 0, 0, 0, 0))
         self._eval = vmap(self._forward, in_dims=(0, 0, None, None))
 
     def _forward(self, params: Tree, buffers: Tree, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         output = functional_call(self.module, (params, buffers), (x,))
-        return self.objective.loss(output, y), self.objective.accuracy(output, y)
+        return self.objective.vectorised_loss(output, y), self.objective.accuracy(output, y)
 
     def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads:
         """See :class:`~descentlab.core.protocols.Work`; only dropout masks (with a member axis) are supported here."""

@@ -23,7 +23,15 @@ from .progress import Progress
 RUNS_WITHOUT_ASKING = 10_000
 
 
-def run(resolved: Resolved, out: Path, *, yes: bool = False, launcher: str = "pool", overwrite: bool = False) -> int:
+def run(
+    resolved: Resolved,
+    out: Path,
+    *,
+    yes: bool = False,
+    launcher: str = "pool",
+    overwrite: bool = False,
+    with_report: bool = True,
+) -> int:
     """Run what of the study is not done yet, then write table and report; 0, 1 if a block failed, 130 if interrupted.
 
     ``launcher``: ``pool`` (worker processes on this machine) or ``local`` (in this process).
@@ -38,7 +46,10 @@ def run(resolved: Resolved, out: Path, *, yes: bool = False, launcher: str = "po
         size = _processes(resolved) if launcher == "pool" else 0
         with Pool(size) if size else nullcontext() as pool:
             outcomes = _execute(resolved, directory, pool, stop)
-        return _conclude(resolved, directory, outcomes, interrupted=stop.is_set())
+        code = _conclude(directory, outcomes, interrupted=stop.is_set())
+        if with_report and code != 130 and any(row["status"] != "failed" for row in directory.read_jsonl("runs.jsonl")):
+            print(f"report: {report(directory.path)}")
+        return code
 
 
 def _check_device(resolved: Resolved) -> None:
@@ -150,7 +161,7 @@ def resolved_rows(resolved: Resolved) -> list[dict[str, Any]]:
     ]
 
 
-def _conclude(resolved: Resolved, directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupted: bool) -> int:
+def _conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupted: bool) -> int:
     from ..store import leftovers, status
 
     failed = [o for o in outcomes if o.state == "failed"]
@@ -166,9 +177,6 @@ def _conclude(resolved: Resolved, directory: RunDirectory, outcomes: Sequence[Ou
     old = leftovers(directory.path)
     if old:
         print(f"{len(old)} runs of an earlier grid are kept in {directory.path} and left out of the report", file=sys.stderr)
-    if not all(row["status"] == "failed" for row in rows):
-        page = report(directory.path)
-        print(f"report: {page}")
     return 1 if failed else 0
 
 

@@ -79,6 +79,8 @@ def run_block(
 
 
 def _flush(writer: BlockWriter, recorder: Recorder, optimizers: dict[str, str]) -> None:
+    for run, arrays in recorder.scenes().items():  # before the checkpoint that covers the hit; a resumed block writes
+        writer.artifact(f"hit-{run}.npz", arrays)  # the same content again
     columns, hits = recorder.flush()
     if columns:
         writer.rows(columns)

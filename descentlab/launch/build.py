@@ -135,6 +135,7 @@ def build_parts(cell: StudySpec, route: Route) -> Parts:
         workers=getattr(cell, "workers", 1),
         every=cell.observe.every,
         evaluate_every=cell.observe.evaluate_every,
+        hit_artifacts=cell.observe.hit_artifacts,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 
-from ..core.specs import Spec
+from ..core.specs import Spec, extent
 
 
 class Observe(Spec):
@@ -12,6 +12,9 @@ class Observe(Spec):
 
     every: PositiveInt = Field(1, description="steps between rows of the per-step observables")
     evaluate_every: int = Field(10, ge=0, description="steps between evaluations on the test set")
+    hit_artifacts: bool = extent(
+        False, description="store weights, buffers and batch of every hit, so that it can be replayed elsewhere"
+    )
 
 
 # What each column of the table holds. Those of the first group are recorded every ``observe.every`` steps, on the batch

@@ -115,6 +115,23 @@ def signed(value: float, spec: str) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "\u2212")
 
 
+def plain_log_ticks(ax: Axes) -> None:
+    """Quiet ticks for a logarithmic y axis with its limits set: under two decades 1, 2, 5 times powers, written out.
+
+    No minor ticks: they are most of the time matplotlib takes for such an axis.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    low, high = ax.get_ylim()
+    ax.yaxis.set_minor_locator(NullLocator())
+    if high / low > 100:
+        return
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**k for k in powers for m in (1, 2, 5) if low <= m * 10.0**k <= high]
+    ax.yaxis.set_major_locator(FixedLocator(ticks))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def decade_text(value: float) -> str:
     """0, 0.1, 1, 10 as they are; further decades as powers."""
     if value == 0:

@@ -74,7 +74,7 @@ class BlockWriter:
         if self.is_done:
             raise RuntimeError(f"block {self.key} is done")
         with writing(self.folder):
-            for folder in (self.folder, self.folder / "metrics", self.folder / "hits"):
+            for folder in (self.folder, *(self.folder / kind for kind in ("metrics", "hits", "artifacts"))):
                 folder.mkdir(parents=True, exist_ok=True)
                 remove_temporaries(folder)
             sync_folder(self.folder.parent)
@@ -105,6 +105,12 @@ class BlockWriter:
     def hits(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Buffer realised perturbations (see hits.jsonl)."""
         self._hits.extend(dict(row) for row in rows)
+
+    def artifact(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write ``artifacts/name`` (an .npz) at once; writing the same again is harmless. No cover names artifacts."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
+        write_bytes(self.folder / "artifacts" / name, buffer.getvalue())
 
     def checkpoint(self, state: Any, step: int) -> None:
         """Write what is buffered, then a checkpoint that covers it: ``state`` after ``step`` server updates.

@@ -118,10 +118,10 @@ def verdict_detail(result: ContrastResult) -> str:
 def failure_rule_text(scores: Scores) -> str:
     """How failures were counted, with this report's numbers."""
     return (
-        "A run that crashed, diverged or ended with non-finite weights or loss is a failure: it stays in every mean at "
-        f"chance accuracy ({scores.chance:.3g}) and at {scores.failure_loss:.4g} nats, the larger of ln C and the "
-        "worst "
-        "finite final test loss of any run compared here, and it ranks last. No mean is over survivors."
+        "A run that crashed, diverged or ended with non-finite weights or loss is a failure: it stays in every "
+        f"mean at chance accuracy ({scores.chance:.3g}) and at {scores.failure_loss:.4g} nats, the larger of ln C "
+        "and the worst finite final test loss of any run compared here, and it ranks last. A pair whose twin "
+        "failed is charged the worst excess of all. No mean is over survivors."
     )
 
 
@@ -131,14 +131,11 @@ def statistics_text(unit: str) -> str:
         f"The replicate ({unit}) is the unit of every interval and rate. Under 20 replicates: Student's t on paired "
         "differences. From 20: BCa bootstrap over replicates and a sign-flip permutation test of the mean. Where a "
         "difference is exactly 0 (a masked fault): exact Wilcoxon signed-rank test with Pratt's zeros. Only the "
-        "planned "
-        "contrasts are tested, with Holm's correction at 0.05 over all of them; a test that could not reach its level "
-        "at "
-        "this n is not run and says so. Intervals are 95 %, two-sided, not corrected for several comparisons. A "
-        "contrast "
-        "that is not significant is called within noise, which is not evidence that there is no difference: compare "
-        "the detectable difference. Mixed: significant by ranks, while a few large differences turn the mean the "
-        "other way."
+        "planned contrasts are tested, with Holm's correction at 0.05 over all of them; a test that could not "
+        "reach its level at this n is not run and says so. Intervals are 95 %, two-sided, not corrected for "
+        "several comparisons. A contrast that is not significant is called within noise, which is not evidence "
+        "that there is no difference: compare the detectable difference. Mixed: significant by ranks, while a few "
+        "large differences turn the mean the other way."
     )
 
 

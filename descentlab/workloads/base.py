@@ -110,9 +110,21 @@ class Workload:
             return F.cross_entropy(output, y)
         return 0.5 * (output - y).square().flatten(1).sum(1).mean()
 
+    def vectorised_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """:meth:`loss` as it is computed inside ``vmap``: the same up to rounding and about twice as fast there.
+
+        mean_b (log sum_c exp z_bc - z_by), with z = output - max_c output. Every operation runs along the batch;
+        torch's own kernel runs along the classes, an axis too short for vector instructions.
+        """
+        if not self.data.classes or output.dim() != 2:
+            return self.loss(output, y)
+        z = output.mT - output.detach().mT.amax(0)
+        return (z.exp().sum(0).log() - z.gather(0, y.unsqueeze(0)).squeeze(0)).mean()
+
     def accuracy(self, output: Tensor, y: Tensor) -> Tensor:
         """Share of right classes; NaN where there are no classes. NaN outputs count as wrong."""
         if not self.data.classes:
             return output.new_full((), math.nan)
-        right = (output.argmax(-1) == y) & torch.isfinite(output).all(-1)
+        by_class = output.movedim(-1, 0)  # operations along the batch are the faster ones, see vectorised_loss
+        right = (by_class.argmax(0) == y) & ((by_class * 0).sum(0) == 0)  # 0 * x = 0 only for finite x
         return right.to(output.dtype).mean()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...analysis.contrasts import Contrast
-from ...analysis.failures import PENDING, Score, Scores, excess_losses, final_scores
+from ...analysis.failures import PENDING, Score, Scores, excess_accuracies, excess_losses, final_scores
 from ...analysis.results import ResultsLike, cell_settings
 
 FACTORS = ("fault", "timeline", "compressor")
@@ -166,5 +166,4 @@ def fault_excess(data: Factorial, key: Key) -> tuple[list[float], list[float]]:
         return [], []
     replicates = data.replicates(key, twin)
     fault, control = data.of(key, replicates), data.of(twin, replicates)
-    accuracy = [a.test_accuracy - b.test_accuracy for a, b in zip(fault, control, strict=True)]
-    return excess_losses(fault, control), accuracy
+    return excess_losses(fault, control), excess_accuracies(fault, control)

@@ -189,6 +189,40 @@ def _hit_text(results: ResultsLike) -> str:
     return f" The fault hits at step {steps[0]} to {steps[-1]}, depending on the replicate." if steps else ""
 
 
+def _sections(
+    results: ResultsLike,
+    data: Factorial,
+    summary: dict[str, SummaryItem],
+    found: list[Interaction],
+    tested: list[ContrastResult],
+) -> list[Section]:
+    n = max((result.estimate.n for result in tested), default=0)
+    method = tested[0].estimate.method if tested else "no planned contrast can be formed"
+    picture = FigureBlock(
+        "crossed",
+        figure(data, summary, found, tested),
+        "(a) Mean final test loss of every cell, named by what is not ideal in it; (b) planned interactions; n = "
+        f"{n} replicates, {method}, not corrected for several contrasts.",
+        "Test loss of every cell and interactions between conditions, with intervals",
+    )
+    return [
+        Section("Cells and interactions", [picture, cell_table(data, summary)]),
+        Section(
+            "How the numbers are made",
+            [
+                Paragraph(
+                    "Every cell shares seeds, initial weights and batches with the others of its replicate; the "
+                    "cell without a fault is the twin of the same cell with it. Test loss and accuracy are read at "
+                    "the last "
+                    "step at which a run and its twin were both evaluated." + _hit_text(results)
+                ),
+                Paragraph(failure_rule_text(data.scores)),
+                Paragraph(statistics_text("one seed through every cell")),
+            ],
+        ),
+    ]
+
+
 def build(results: ResultsLike, classes: int | None = None) -> Report:
     """The report of a crossed study, finished or not; ``classes`` defaults to what the settings say, else 10.
 
@@ -205,41 +239,14 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     for interaction, result in zip(found, tested, strict=True):
         summary[f"crossed/{interaction.condition}/{interaction.name}"] = contrast_item(result)
     caption = (
-        "Difference of differences of final test loss, paired by replicate and averaged over the levels of the third "
-        "factor: above 0, the two "
-        "conditions together cost more than the sum of their separate effects. Planned: every pair of factors for "
-        "every optimizer."
+        "Difference of differences of final test loss, paired by replicate and averaged over the levels of the "
+        "third factor: above 0, the two conditions together cost more than the sum of their separate effects. "
+        "Planned: every pair of factors for every optimizer."
     )
     pending = len(data.scores.by_run) - len(ended)
     notes = (
         [f"{pending} of {len(data.scores.by_run)} runs have not ended; what needs them is left out."] if pending else []
     )
-    n = max((result.estimate.n for result in tested), default=0)
-    method = tested[0].estimate.method if tested else "no planned contrast can be formed"
-    picture = FigureBlock(
-        "crossed",
-        figure(data, summary, found, tested),
-        f"(a) Mean final test loss of every cell, named by what is not ideal in it; (b) planned interactions; n = {n} "
-        f"replicates, {method}, not corrected for several contrasts.",
-        "Test loss of every cell and interactions between conditions, with intervals",
-    )
-    sections = [
-        Section("Cells and interactions", [picture, cell_table(data, summary)]),
-        Section(
-            "How the numbers are made",
-            [
-                Paragraph(
-                    "Every cell shares seeds, initial weights and batches with the others of its replicate; the cell "
-                    "without a fault is the twin "
-                    "of the same cell with it. Test loss and accuracy are read at the last step at which a run and "
-                    "its twin were both "
-                    "evaluated." + _hit_text(results)
-                ),
-                Paragraph(failure_rule_text(data.scores)),
-                Paragraph(statistics_text("one seed through every cell")),
-            ],
-        ),
-    ]
     table = (
         contrast_table(tested, "interaction (nats)", beside, "interaction in accuracy (points)", caption)
         if tested
@@ -249,7 +256,7 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         title="Faults, staleness and compression combined",
         question=STUDY.question,
         verdicts=[_verdict(i, r) for i, r in zip(found, tested, strict=True)],
-        sections=sections,
+        sections=_sections(results, data, summary, found, tested),
         summary=summary,
         failures=failure_table(data),
         provenance=shown_provenance(results.provenance),

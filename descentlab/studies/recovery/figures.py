@@ -17,6 +17,7 @@ from ...report.figures import (
     name_ticks,
     new_figure,
     panel_title,
+    plain_log_ticks,
     signed,
     signed_scale,
     styled,
@@ -123,6 +124,7 @@ def comparison(recovery: Recovery, case: int) -> Figure:
             panel_title(ax, index, f"{label.split(' (')[0]} per batch")
         axes[0, 0].set_ylim(0, 1.03)
         axes[0, 1].set_yscale("log")
+        plain_log_ticks(axes[0, 1])
         _final_bars(axes[1, 0], chosen, look, names)
         panel_title(axes[1, 0], 2, "final test accuracy, change in points")
         _excess_bars(axes[1, 1], chosen, look, names)
@@ -195,8 +197,8 @@ def zoom(recovery: Recovery, before: int = 10) -> Figure:
                 ax.tick_params(labelleft=index % across == 0, labelbottom=True)
             panel_title(axes[2 * (index // across), index % across], index, name)
         _share(axes, deep, across, len(names))
-        for ax in axes[-1]:
-            ax.set_xlabel("step after the hit")
+        for index in range(max(0, len(names) - across), len(names)):  # the lowest panel of each column
+            axes[2 * (index // across) + 1, index % across].set_xlabel("step after the hit")
         figure.legend(*_black_legend(), loc="outside lower center", ncols=2)
     return figure
 
@@ -222,6 +224,8 @@ def _share(axes: np.ndarray, deep: int, across: int, count: int) -> None:
             low, high = 0.0, 1.03
         for ax in used:
             ax.set_ylim(low, high)
+            if row == 0:
+                plain_log_ticks(ax)
         for block in range(deep):
             axes[2 * block + row, 0].set_ylabel(label)
 
@@ -260,6 +264,7 @@ def state(recovery: Recovery) -> Figure:
             ax.set_yscale("log")
             least = min([0.5, *(0.5 * float(np.nanmin(r[r > 0])) for r in ratios.values())])
             ax.set_ylim(max(least, 1e-6), top)
+            plain_log_ticks(ax)
             ax.axhline(1, color=GREY, linewidth=0.7, linestyle=":")
             _hit_line(ax, 0)
             ax.set_xlabel("step after the hit")

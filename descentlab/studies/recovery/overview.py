@@ -56,7 +56,7 @@ def head_to_head(recovery: Recovery) -> dict[tuple[str, str], tuple[int, int, in
 
 def _excess_panel(ax: Axes, recovery: Recovery, look: dict[str, Look]) -> None:
     groups = by_condition(recovery, "excess_test_loss")
-    strip(ax, groups, by_condition(recovery, "failed"), look)
+    strip(ax, groups, by_condition(recovery, "pair_failed"), look)
     signed_scale(ax, np.concatenate(list(groups.values())))
     ax.axhline(0, color=GREY, linewidth=0.7, linestyle=":")
     ax.set_ylabel("excess test loss (nats)")
@@ -93,7 +93,7 @@ def _wins_panel(ax: Axes, recovery: Recovery) -> None:
 
 def _accuracy_panel(ax: Axes, recovery: Recovery, look: dict[str, Look]) -> None:
     groups = {name: 100 * values for name, values in by_condition(recovery, "excess_test_accuracy").items()}
-    strip(ax, groups, by_condition(recovery, "failed"), look)
+    strip(ax, groups, by_condition(recovery, "pair_failed"), look)
     signed_scale(ax, np.concatenate(list(groups.values())))
     ax.axhline(0, color=GREY, linewidth=0.7, linestyle=":")
     ax.set_ylabel("excess test accuracy (points)")

@@ -114,13 +114,10 @@ def _comparison_blocks(recovery: Recovery, results: ResultsLike) -> list[FigureB
         about = planned[case]
         caption = (
             f"The {kind} case (case {case} of {len(planned)}, by mean excess test loss over optimizers): layer "
-            f"{about['layer']}, "
-            f"value {about.get('rule', {}).get('value', float('nan')):.3g}, hit at step {about['step']}. n = 1 per "
-            "optimizer, so no "
-            f"interval. (a, b) values per batch lightly, centred {figures.SMOOTH}-step moving average on top, never "
-            "across the hit; "
-            "(c) change against the twin in percentage points above the bars; (d) excess test loss, a failed run at "
-            "its charge."
+            f"{about['layer']}, value {about.get('rule', {}).get('value', float('nan')):.3g}, hit at step "
+            f"{about['step']}. n = 1 per optimizer, so no interval. (a, b) values per batch lightly, centred "
+            f"{figures.SMOOTH}-step moving average on top, never across the hit; (c) change against the twin in "
+            "percentage points above the bars; (d) excess test loss, a failed run at its charge."
         )
         name = f"comparison_{kind.replace(' ', '_')}"
         alt = f"Training accuracy and loss by step, final test accuracy and excess test loss in case {case}"
@@ -131,16 +128,14 @@ def _comparison_blocks(recovery: Recovery, results: ResultsLike) -> list[FigureB
 def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
     zoom = (
         f"From 10 steps before the hit, cases aligned at the hit (step 0), n = {n} cases where that step exists, "
-        "drawn where at "
-        "least half do. Top: median and quartiles of training loss over cases; bottom: mean training accuracy, band "
-        "95 % t "
-        "interval over cases cut at 0 and 1. A failed run counts at its charge from its failure on."
+        "drawn where at least half do. Top: median and quartiles of training loss over cases; bottom: mean "
+        "training accuracy, band 95 % t interval over cases cut at 0 and 1. A failed run counts at its charge from "
+        "its failure on."
     )
     state = (
-        "Largest optimizer slot and largest BatchNorm running variance over the twin's at the same step, median and "
-        "quartiles "
-        f"over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An optimizer without "
-        "slots has no line."
+        "Largest optimizer slot and largest BatchNorm running variance over the twin's at the same step, median "
+        f"and quartiles over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An "
+        "optimizer without slots has no line."
     )
     return [
         FigureBlock(
@@ -161,12 +156,10 @@ def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
 def _overview_block(recovery: Recovery, n: int) -> FigureBlock:
     caption = (
         f"All cases, n = {n} per optimizer. (a) excess test loss, box: quartiles, whiskers: extremes, marks: cases, "
-        "cross: failed run; "
-        "(b) mean excess training accuracy on the same batches, band: 95 % t interval over cases; (c) share of cases "
-        "won on excess test "
-        "loss, ties half; (d) excess test accuracy; (e) excess training loss of the faulty forward pass against the "
-        "final "
-        "excess test loss; (f) mean excess test loss by epoch of the hit, colour on an asinh scale."
+        "cross: failed run; (b) mean excess training accuracy on the same batches, band: 95 % t interval over "
+        "cases; (c) share of cases won on excess test loss, ties half; (d) excess test accuracy; (e) excess "
+        "training loss of the faulty forward pass against the final excess test loss; (f) mean excess test loss by "
+        "epoch of the hit, colour on an asinh scale."
     )
     return FigureBlock("summary", overview(recovery), caption, "Six panels summarising all cases and optimizers")
 
@@ -183,8 +176,8 @@ def _interval_block(recovery: Recovery, pairs: list[tuple[str, str]], results: l
     n = max((r.estimate.n for r in results), default=len(recovery.measures))
     method = results[0].estimate.method if results else "95 % interval"
     caption = (
-        f"Mean excess test loss over the twin and its planned differences, n = {n} cases, {method}, "
-        "not corrected for several contrasts."
+        f"Mean excess test loss over the twin and its planned differences, n = {n} cases, {method}, not corrected "
+        "for several contrasts."
     )
     return FigureBlock(
         "excess_test_loss",
@@ -217,17 +210,16 @@ def _sections(
             "How the numbers are made",
             [
                 Paragraph(
-                    "Every faulted run has a twin: same seed, batches and optimizer, no fault, identical to the bit "
-                    "before the hit. "
-                    "The primary measure is test loss minus the twin's, in nats, at the last step at which both were "
-                    "evaluated."
+                    "Every faulted run has a twin: same seed, batches and optimizer, no fault, identical to the "
+                    "bit before the hit. The primary measure is test loss minus the twin's, in nats, at the last "
+                    "step at which both were evaluated."
                 ),
                 Paragraph(failure_rule_text(recovery.scores)),
                 Paragraph(statistics_text("a case: one planned fault met by every optimizer")),
                 Paragraph(
                     f"Steps to recover: first step after the hit that starts {STREAK} consecutive batches on which "
-                    "training loss is within "
-                    f"{TOLERANCE_NATS} nats of the twin's; a run that never does is censored, not dropped."
+                    f"training loss is within {TOLERANCE_NATS} nats of the twin's; a run that never does is "
+                    "censored, not dropped."
                 ),
             ],
         ),
@@ -273,8 +265,7 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     )
     caption = (
         f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All "
-        "pairs of optimizers "
-        "were planned; nothing else is tested."
+        "pairs of optimizers were planned; nothing else is tested."
     )
     verdicts = [_condition_verdict(recovery, name) for name in recovery.order]
     verdicts += [_contrast_verdict(pair, result) for pair, result in zip(pairs, tested, strict=True)]

@@ -54,16 +54,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, **ADAPTIVE, "weight_decay": 4e-3},
 }
 GRID = {"optimizer": ["sgd", "adam", "rmsprop", "adamw"]}
+OBSERVE = {"hit_artifacts": True}
 
 STUDY = StudyDef(
     name="recovery",
     question="After the same hardware fault hits one training step, which optimizer recovers best?",
     spec=RecoverySpec,
     presets={
-        "default": {"grid": GRID, "options": {"optimizer": TUNED}},
+        "default": {"grid": GRID, "options": {"optimizer": TUNED}, "observe": OBSERVE},
         "published": {
             "grid": GRID,
             "options": {"optimizer": PUBLISHED},
+            "observe": OBSERVE,
             "schedule": {"name": "linear", "end": 1e-4, "steps": 5000},
             "fault": {"name": "N16_RD", "value_high": 1.2e8},
         },

@@ -87,7 +87,7 @@ def condition_table(recovery: Recovery, summary: Mapping[str, SummaryItem]) -> T
         Column("final test accuracy (%)", ".1f", "with the fault"),
         Column("twin's (%)", ".1f", "final test accuracy without the fault"),
         Column(
-            "test loss before the hit (nats)",
+            "pre-hit test loss (nats)",
             ".3f",
             "last evaluation before the hit; cases hit before the first evaluation are left out",
         ),
@@ -158,9 +158,7 @@ def failure_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
     ]
     twins = sum(row[2] == "twin" for row in rows)
     caption = (
-        f"{twins} of them are twins, which no fault touched: their optimizer or learning rate is at fault."
-        if twins
-        else ""
+        f"Twins among them: {twins}; no fault touched those, so look at their settings or machine." if twins else ""
     )
     return TableBlock(columns, rows, caption)
 
@@ -236,9 +234,9 @@ def pair_table(recovery: Recovery) -> TableBlock:
     ]
     rows = recovery.measures.select([name for name, _, _ in names]).rows()
     caption = (
-        "Losses in nats on the batch of that step at the weights before its update, excess over the twin on the same "
-        "batch; "
-        "test values at the end of recovery. A dash: not recorded, not finite or, for steps to recover, never."
+        "Losses in nats on the batch of that step at the weights before its update, excess over the twin on the "
+        "same batch; test values at the end of recovery. A dash: not recorded, not finite or, for steps to "
+        "recover, never."
     )
     return TableBlock([Column(title, spec) for _, title, spec in names], rows, caption)
 
@@ -248,8 +246,8 @@ def head_table(recovery: Recovery) -> TableBlock:
     table = head_to_head(recovery)
     rows = [[a, *(None if a == b else "{}/{}/{}".format(*table[a, b]) for b in recovery.order)] for a in recovery.order]
     caption = (
-        "Cases in which the row's excess test loss is lower / equal / higher than the column's. Equal means to the bit "
-        "(both masked) or both failed; a failed run loses to one that finished."
+        "Cases in which the row's excess test loss is lower / equal / higher than the column's. Equal means to the "
+        "bit (both masked) or both failed; a failed run loses to one that finished."
     )
     return TableBlock([Column(""), *(Column(name) for name in recovery.order)], rows, caption)
 

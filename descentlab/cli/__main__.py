@@ -1,0 +1,5 @@
+"""``python -m descentlab.cli``: the console script without installing it."""
+
+from .main import main
+
+main()
