@@ -31,7 +31,7 @@ def digits(**settings: Any) -> CrossedSpec:
 
 def plan_of(cell: CrossedSpec, steps: int, *, route: Route = "vmap", replicates: Sequence[int] = (0, 1)) -> BlockPlan:
     """One undisturbed run per replicate."""
-    runs = tuple(RunPlan(f"r{r}", r, steps, cell.optimizer.lr) for r in replicates)  # type: ignore[attr-defined]
+    runs = tuple(RunPlan(f"r{r}", r, steps, cell.optimizer.lr) for r in replicates)
     return BlockPlan("k", 0, route, runs)
 
 

@@ -337,7 +337,7 @@ MISTAKES = [
     ("recovery", ["optimizer.name=adam"], "to choose an option write optimizer=adam"),
     ("recovery", ["optimizer.momentum=0.5"], "a setting of every option in the grid; 'adam' has lr, betas,"),
     ("recovery", ["optimizer.momentum=0.5,0.9"], "a setting of every option in the grid; 'adam' has lr, betas,"),
-    ("recovery", ["observe=5"], "observe = 5: expected a block of settings (every, evaluate_every)"),
+    ("recovery", ["observe=5"], "observe = 5: expected a block of settings (every, evaluate_every, hit_artifacts)"),
     ("recovery", ["seed.x=1"], "seed.x = 1: expected no key below seed, which is a single value"),
     ("recovery", ["cases=3,5"], "cases = [3, 5]: expected one value: it says how much or where to run"),
     (

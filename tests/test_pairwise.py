@@ -95,7 +95,7 @@ def test_pair_matches_numpy(case: tuple[str, str, str]) -> None:
     """Three updates, two workers, float64, 1e-10.
 
     Broken on purpose, one at a time: the fault on every worker, the residual dropped, the schedule read one step late,
-    version t - 1 for t - 2, momentum applied on the worker: each fails in every pair it belongs to.
+    version t - 1 for t - 2: each fails in every pair it belongs to.
     """
     engine, a, b = case
     cell = quadratic(**CONDITIONS[a], **(CONDITIONS[b] if b != a else {}))

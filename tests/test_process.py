@@ -77,7 +77,7 @@ def test_a_dead_or_frozen_worker_ends_the_run(sent: signal.Signals, message: str
     """Killed or stopped in the middle: one StudyError, the other worker gone too. (Both workers are frozen: with one
     alive the run would rightly go on.)
 
-    Broken on purpose: without the time limit on ``receive`` the frozen pair hangs the test.
+    Broken on purpose: without the time limit of ``receive``, or the kill of ``close``, the frozen pair hangs the test.
     """
     cell = quadratic(workers=2)
     hub = LocalProcesses(20.0)

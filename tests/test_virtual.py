@@ -69,7 +69,7 @@ def assert_same_bits(a: Engine, b: Engine) -> None:
 def test_barrier_equals_lockstep_to_the_bit(timeline: BarrierTimeline, settings: dict[str, Any]) -> None:
     """Invariant 3: delays move the clock, nothing else.
 
-    Broken on purpose: ``view`` reading version t - 1 fails every case.
+    Broken on purpose: a barrier whose workers read version t - 1 fails every case.
     """
     cell = digits(workers=3, **settings)
     route = "member" if "model" in settings else "vmap"
@@ -185,7 +185,7 @@ def test_every_version_is_the_one_asked_for(seed: int) -> None:
 def test_resume_in_the_middle_to_the_bit(cut: int) -> None:
     """Saved and loaded after ``cut`` updates: before, at and after step 6, at which the faulted run leaves its twin.
 
-    Broken on purpose: the ring kept on the engine instead of in the state fails for every cut but none of the others.
+    Broken on purpose: the ring kept on the engine instead of in the state fails at every cut, and nothing else does.
     """
     cell = quadratic(fault=SingleForwardFault(step=6), compressor=PowerSgd(), optimizer=Adam(lr=0.05))
     fault = plan_fault(build_parts(cell, "vmap"), 0)
@@ -209,7 +209,7 @@ def test_a_fault_happens_when_its_worker_contributes() -> None:
     """Round robin, three workers, a fault of worker 1 asked for at step 3: it happens at update 4, once, and counts
     as a gradient at version 2; before it the twin is the same to the bit.
 
-    Broken on purpose: without :func:`place` the plan is refused; realising it for whoever contributes hits update 3.
+    Broken on purpose: a :func:`place` that leaves the step alone, or an engine that takes such a plan, fails.
     """
     cell = quadratic(workers=3, fault=SingleForwardFault(step=3, value_low=5.0, value_high=5.0))
     parts = build_parts(cell, "vmap")

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.protocols import Hit
 from .program import Slot
 
+
 @dataclass
 class Recorder:
     """Buffers what happened since the last flush; ``clock_s`` is the (volatile) wall time of the block so far."""

@@ -178,9 +178,12 @@ class LocalProcesses:
 def _main(worker: int, address: tuple[str, int], key: bytes, timeout_s: float, serve: Serve) -> None:
     """A worker process: connect, say who it is, serve; it ends when the server does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
-    link = SocketLink(Client(address, authkey=key), timeout_s, "the server")
-    link.send(worker)
     try:
+        link = SocketLink(Client(address, authkey=key), timeout_s, "the server")
+    except (OSError, EOFError):  # the server is gone already
+        return
+    try:
+        link.send(worker)
         serve(link)
     except StudyError:  # the server is gone, and whoever waits for the result hears of it there
         return

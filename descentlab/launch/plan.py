@@ -117,7 +117,7 @@ def _plan_group(cells: dict[int, Any], runs: Sequence[Run], site: Site) -> dict[
 def _run_plan(program: Program, cell: Any, run: Run, planned: dict[tuple[int, int], Planned]) -> RunPlan:
     own = planned.get((run.cell, run.replicate))
     shadows = [p for (c, replicate), p in planned.items() if replicate == run.replicate]
-    faults = (own,) if own is not None else tuple(dict.fromkeys(shadows))
+    faults = (own,) if own is not None else tuple(p for i, p in enumerate(shadows) if p not in shadows[:i])
     stop, anchor = program.horizon(cell, faults)
     perturbed = run.role == "fault"
     if perturbed and own is not None and own.step >= stop:

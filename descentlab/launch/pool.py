@@ -64,9 +64,7 @@ class Pool:
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
-            for pipe in (worker.process.stdin, worker.process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            _close(worker)
 
     def _start(self) -> _Worker:
         one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -131,9 +129,17 @@ class Pool:
     def _buried(self, worker: _Worker) -> list[Outcome]:
         code = worker.process.wait()
         self._workers.remove(worker)
-        if worker.process.stdin is not None:
-            worker.process.stdin.close()
+        _close(worker)
         if worker.block is None:
             return []
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return [Outcome(worker.block, "failed", f"the worker process ended by {how}")]
+
+
+def _close(worker: _Worker) -> None:
+    for pipe in (worker.process.stdin, worker.process.stdout):
+        if pipe is not None:
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass  # an order that the worker did not live to read
