@@ -34,7 +34,9 @@ def cell(**settings: Any) -> RecoverySpec:
     return RecoverySpec(**{"dataset": Digits(), "dtype": "float64", "batch_size": 16, "recovery_steps": 6, **settings})
 
 
-def train(parts: Parts, runs: Sequence[RunPlan], route: Route, share: bool = True) -> tuple[Lockstep, pl.DataFrame, list]:
+def train(
+    parts: Parts, runs: Sequence[RunPlan], route: Route, share: bool = True
+) -> tuple[Lockstep, pl.DataFrame, list]:
     engine = Lockstep(BlockPlan("k", 0, route, tuple(runs), share), parts)
     for _ in engine.run():
         pass
@@ -200,5 +202,3 @@ def test_nothing_planned_changes_nothing() -> None:
     view, batch = a.state, Batch(parts.train[0][:16].unsqueeze(0), parts.train[1][:16].unsqueeze(0))
     x, y = parts.single.work(view, batch), parts.single.work(view, batch, Ops())
     assert all(torch.equal(p, q) for p, q in zip(leaves(x.grads), leaves(y.grads), strict=True))
-
-

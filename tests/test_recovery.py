@@ -1,4 +1,4 @@
-"""The recovery study from its command line to its files: what hits.jsonl proves, what the table holds, what resume keeps."""
+"""The recovery study from its command line to its files: what hits.jsonl proves, what resume keeps."""
 
 from __future__ import annotations
 
@@ -74,14 +74,24 @@ def test_the_table(results: store.Results) -> None:
     assert len(hit) == 32 and hit["test_loss"].null_count() == 0 and hit["train_loss"].null_count() == 0
     last = frame.group_by("run").agg(pl.col("step").max() - pl.col("hit_step").first())
     assert last["step"].unique().to_list() == [20]
-    for name in ("train_accuracy", "grad_norm", "update_norm", "bn_var_max", "lr", "nonfinite_grads", "nonfinite_params"):
+    for name in [
+        "train_accuracy",
+        "grad_norm",
+        "update_norm",
+        "bn_var_max",
+        "lr",
+        "nonfinite_grads",
+        "nonfinite_params",
+    ]:
         assert frame[name].null_count() == 0, name
     assert frame.filter(pl.col("optimizer") == "adam")["slot_max"].null_count() == 0
     pairs = frame.filter(pl.col("step") < pl.col("hit_step")).group_by("optimizer", "case", "step")
     assert pairs.agg(pl.col("train_loss").n_unique()).get_column("train_loss").max() == 1
 
 
-def test_again_is_nothing_to_do_and_more_cases_keep_what_is_there(results: store.Results, capsys: pytest.CaptureFixture) -> None:
+def test_again_is_nothing_to_do_and_more_cases_keep_what_is_there(
+    results: store.Results, capsys: pytest.CaptureFixture
+) -> None:
     before = results.frame
     resolved = resolve("recovery", [*SMALL, "cases=5"])
     assert api.run(resolved, results.path, launcher="local", with_report=False) == 0
@@ -105,7 +115,8 @@ def test_same_seed_same_result_another_seed_another(results: store.Results, tmp_
     adam = results.frame.filter(pl.col("optimizer") == "adam").drop("cell")
     shared = [c for c in adam.columns if c in again.columns]
     assert "test_loss" in shared and store.equal_tables(again.select(shared), adam.select(shared)) == []
-    assert api.run(resolve("recovery", [*arguments, "seed=1"]), tmp_path / "b", launcher="local", with_report=False) == 0
+    other = resolve("recovery", [*arguments, "seed=1"])
+    assert api.run(other, tmp_path / "b", launcher="local", with_report=False) == 0
     assert set(store.load(tmp_path / "b").frame["run"]).isdisjoint(again["run"])
 
 
@@ -138,8 +149,9 @@ def test_the_published_preset_has_the_published_settings() -> None:
         (["fault.layer=conv9"], "fault.layer = 'conv9': expected one of conv1, conv2, conv3, head"),
         (["device=cuda:7"], "device = 'cuda:7': expected a device of this machine"),
         (["batch_size=5000"], "batch_size = 5000: expected at most the 3840 training samples"),
-        (["dataset=quadratic"], "model = 'cnn': expected a model that accepts"),
-        (["fault=none"], "fault = 'none'"),
+        (["dataset=quadratic"], "model = 'cnn': expected a model that fits dataset 'quadratic'"),
+        (["model=matrix"], "model = 'matrix': expected a model that fits dataset 'mnist5k'"),
+        (["fault=none"], "fault = 'none': expected a fault"),
     ],
 )
 def test_mistakes_that_need_the_model_are_one_line_too(arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass
 class Grads:
-    """What one worker's work gives: gradients ``[M, …]``, the buffers after it ``[M, …]``, loss and accuracy ``[M]``."""
+    """What one worker's work gives: gradients and the buffers after it ``[M, …]``, loss and accuracy ``[M]``."""
 
     grads: Tree
     buffers: Tree
@@ -161,7 +161,7 @@ class Compressor(Protocol):
 
 @dataclass(frozen=True)
 class Tick:
-    """One server update: which ``workers`` contribute, the version each had read, and the virtual time it is applied."""
+    """One server update: which ``workers`` contribute, the version each had read, and its virtual time."""
 
     workers: tuple[int, ...]
     versions: tuple[int, ...]
@@ -202,7 +202,7 @@ class Stage:
 
 
 class ModuleMaker(Protocol):
-    """Builds a fresh ``nn.Module``; randomness comes from torch's generator, which the caller has seeded and isolated."""
+    """Builds a fresh ``nn.Module``; randomness comes from torch's generator, seeded and isolated by the caller."""
 
     def __call__(self) -> nn.Module: ...
 

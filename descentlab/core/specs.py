@@ -85,7 +85,7 @@ class External(Option):
 
 
 class Registry:
-    """The named options of one room: ``registry.field()`` is a pydantic type that accepts a name, a block or an instance."""
+    """The named options of one room; ``field()`` is a pydantic type that accepts a name, a block or an instance."""
 
     def __init__(self, room: str, *options: type[Option], external: type[External] = External) -> None:
         self.room, self.external = room, external

@@ -41,7 +41,12 @@ class State:
     def start(cls, params: Tree, buffers: Tree) -> State:
         """A fresh state from stacked parameters and buffers ``[M, …]``."""
         members = next(tree.leaves(params)).shape[0]
-        server = {"params": params, "buffers": buffers, "slots": {}, "opt_step": torch.zeros(members, dtype=torch.int64)}
+        server = {
+            "params": params,
+            "buffers": buffers,
+            "slots": {},
+            "opt_step": torch.zeros(members, dtype=torch.int64),
+        }
         return cls(server, clock=new_clock(members))
 
     @property

@@ -60,9 +60,7 @@ class Streams:
         words = philox4x32(counter, (self.seed, zlib.crc32(purpose.encode())))
         return words.reshape(*who.shape, -1)[..., :n]
 
-    def uniform(
-        self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0
-    ) -> np.ndarray:
+    def uniform(self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0) -> np.ndarray:
         """float64 in [0, 1) with 53 random bits, ``[n]`` or ``[M, n]``."""
         words = self.draw(purpose, 2 * n, replicate=replicate, worker=worker, step=step).astype(np.uint64)
         return ((words[..., 0::2] << _SHIFT | words[..., 1::2]) >> np.uint64(11)) * 2.0**-53
@@ -73,17 +71,13 @@ class Streams:
         """int64 in [0, high), ``[n]`` or ``[M, n]``; bias below high / 2**53."""
         return (self.uniform(purpose, n, replicate=replicate, worker=worker, step=step) * high).astype(np.int64)
 
-    def normal(
-        self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0
-    ) -> np.ndarray:
+    def normal(self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0) -> np.ndarray:
         """Standard normal float64 by Box-Muller, ``[n]`` or ``[M, n]``."""
         u = self.uniform(purpose, 2 * n, replicate=replicate, worker=worker, step=step)
         return np.sqrt(-2.0 * np.log1p(-u[..., :n])) * np.cos(2.0 * np.pi * u[..., n:])
 
-    def permutation(
-        self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0
-    ) -> np.ndarray:
-        """A uniform permutation of ``range(n)``, int64 ``[n]`` or ``[M, n]`` (sort of 53-bit keys, ties by position)."""
+    def permutation(self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0) -> np.ndarray:
+        """A uniform permutation of ``range(n)``, int64 ``[n]`` or ``[M, n]`` (53-bit keys sorted, ties by position)."""
         keys = self.uniform(purpose, n, replicate=replicate, worker=worker, step=step)
         order = np.argsort(keys, axis=-1)  # several times faster than a stable sort, and the same unless keys are equal
         ranked = np.take_along_axis(keys, order, axis=-1)

@@ -59,7 +59,7 @@ class Parts:
 
 @dataclass
 class Round:
-    """One server update: contributing workers ``[M, K]`` and the versions they had read ``[M, K]``; its virtual time."""
+    """One server update: contributing workers and the versions they had read, ``[M, K]`` each; its virtual time."""
 
     workers: np.ndarray
     versions: np.ndarray
@@ -117,10 +117,10 @@ class Engine(ABC):
     def view(self, versions: np.ndarray) -> Tree:
         """The parameters ``[M, …]`` of the given version of each member ``[M]``."""
 
-    def after_update(self) -> None:
+    def after_update(self) -> None:  # noqa: B027  (a hook, not every engine needs it)
         """Called when the parameters have moved to version ``self.step + 1``."""
 
-    def on_fork(self, chosen: Sequence[int]) -> None:
+    def on_fork(self, chosen: Sequence[int]) -> None:  # noqa: B027  (a hook)
         """Called when the members became copies of the ``chosen`` old ones."""
 
     def run(self) -> Iterator[Progress]:

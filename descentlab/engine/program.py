@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,9 +123,7 @@ class BlockPlan:
     def work_units(self) -> int:
         """Member-steps of the whole block, the unit of progress and cost."""
         changes = sorted(self.changes)
-        return sum(
-            len(self.slots(a)) * (b - a) for a, b in zip(changes[:-1], changes[1:], strict=True)
-        )
+        return sum(len(self.slots(a)) * (b - a) for a, b in itertools.pairwise(changes))
 
 
 def parents(old: Sequence[Slot], new: Sequence[Slot]) -> list[int]:

@@ -54,7 +54,7 @@ class MemberWork:
         for name, owner, key, is_parameter in self._slots:
             if is_parameter:
                 params[name] = view.params[name][m].detach().requires_grad_(grad)
-                owner._parameters[key] = params[name]  # type: ignore[assignment]
+                owner._parameters[key] = params[name]
             else:
                 buffers[name] = view.buffers[name][m].clone()
                 owner._buffers[key] = buffers[name]

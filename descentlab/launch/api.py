@@ -166,7 +166,9 @@ def _conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupt
 
     failed = [o for o in outcomes if o.state == "failed"]
     for outcome in failed:
-        print(f"failed: block {outcome.key}: {outcome.message} (log: {directory.log_path(outcome.key)})", file=sys.stderr)
+        print(
+            f"failed: block {outcome.key}: {outcome.message} (log: {directory.log_path(outcome.key)})", file=sys.stderr
+        )
     rows = [s.to_row() for s in status(directory.path).runs]
     directory.replace_jsonl("runs.jsonl", rows)
     if interrupted:
@@ -176,7 +178,10 @@ def _conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupt
         return 130
     old = leftovers(directory.path)
     if old:
-        print(f"{len(old)} runs of an earlier grid are kept in {directory.path} and left out of the report", file=sys.stderr)
+        print(
+            f"{len(old)} runs of an earlier grid are kept in {directory.path} and left out of the report",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 

@@ -155,5 +155,3 @@ def plan_fault(cell: Any, case: int, replicate: int, site: Site) -> Any:
         if cell.fault.layer not in layers:
             raise UserError("fault.layer", cell.fault.layer, f"one of {', '.join(layers)}")
     return model.plan(case, site.operations, site.streams, replicate=replicate, steps_per_epoch=site.steps_per_epoch)
-
-

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..cluster.timeline import place
 from ..config.identity import canonical
 from ..config.resolve import Resolved
 from ..config.tree import Run, StudyDef
@@ -16,6 +17,7 @@ from ..core.errors import StudyError, UserError
 from ..core.opmode import Site as OpSite
 from ..core.protocols import Planned
 from ..engine.program import MEMBERS_PER_BLOCK, BlockPlan, Route, RunPlan
+from ..engine.support import ROOMS, refusal
 from .build import Site, plan_fault, survey
 
 SEMANTICS = 1  # raised when the same plan would compute something else
@@ -78,13 +80,15 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
     sites: dict[str, Site] = {}
     for text, runs in groups.items():
         cells = {run.cell: resolved.cells[run.cell] for run in runs}
+        for cell in cells.values():
+            _check_supported(program.engine(cell), cell)
         first = next(iter(cells.values()))
         site = sites.setdefault(_model_text(first), survey(first))
         planned = _plan_group(cells, runs, site)
         campaign += _campaign_rows(planned, site, cells)
         plans = [_run_plan(program, cells[r.cell], r, planned) for r in runs if r.id not in held]
         share = bool(getattr(first, "share_prefix", True))
-        settings = next((c for c in cells.values() if getattr(c, "fault", None) and c.fault.name != "none"), first)
+        settings = next((c for c in cells.values() if _faulted(c)), first)
         for members in _pack(plans, site.route):
             blocks.append(_block_json(text, members, site.route, share, program.engine(first), settings))
     _check_route(known)
@@ -92,9 +96,21 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
     return {"semantics": SEMANTICS, "spec": spec, "threads_per_process": 1, "blocks": blocks}, _unique(campaign)
 
 
+def _faulted(cell: Any) -> bool:
+    return hasattr(cell, "fault") and cell.fault.name != "none"
+
+
 def _check_route(known: dict[str, Any]) -> None:
     if known and known.get("semantics") != SEMANTICS:
         raise StudyError("plan.json was made by another version of descentlab; use --overwrite or another --out")
+
+
+def _check_supported(engine: str, cell: Any) -> None:
+    """Conditions that an engine cannot meet together are refused with the reason, never ignored."""
+    chosen = {room: getattr(cell, room).name for room in ROOMS if hasattr(cell, room)}
+    reason = refusal(engine, {f"{room}:{name}" for room, name in chosen.items()})
+    if reason is not None:
+        raise UserError("engine", engine, f"an engine that runs {', '.join(chosen.values())}", hint=reason)
 
 
 def _model_text(cell: Any) -> str:
@@ -109,6 +125,9 @@ def _plan_group(cells: dict[int, Any], runs: Sequence[Run], site: Site) -> dict[
         if getattr(cell, "fault", None) is not None and (run.cell, run.replicate) not in planned:
             case = int(run.labels.get("case", run.replicate))
             fault = plan_fault(cell, case, run.replicate, site)
+            if fault is not None and hasattr(cell, "timeline"):
+                ticks = cell.timeline.build().ticks(cell.workers, cell.steps, site.streams, run.replicate)
+                fault = place(fault, ticks)
             if fault is not None:
                 planned[run.cell, run.replicate] = fault
     return planned
@@ -121,8 +140,8 @@ def _run_plan(program: Program, cell: Any, run: Run, planned: dict[tuple[int, in
     stop, anchor = program.horizon(cell, faults)
     perturbed = run.role == "fault"
     if perturbed and own is not None and own.step >= stop:
-        last = getattr(cell.fault, "last_epoch", None)
-        raise UserError("fault.last_epoch", last, f"an epoch within training; a fault at step {own.step} never fires in {stop} steps")
+        expected = f"epochs within training: a fault at step {own.step} never fires in {stop} steps"
+        raise UserError("fault.last_epoch", getattr(cell.fault, "last_epoch", None), expected)
     return RunPlan(run.id, run.replicate, stop, float(cell.optimizer.lr), faults, perturbed, anchor)
 
 
@@ -210,9 +229,7 @@ def read_block(block: dict[str, Any]) -> Block:
     return Block(plan, block["engine"], block["settings"])
 
 
-def _campaign_rows(
-    planned: dict[tuple[int, int], Planned], site: Site, cells: dict[int, Any]
-) -> list[dict[str, Any]]:
+def _campaign_rows(planned: dict[tuple[int, int], Planned], site: Site, cells: dict[int, Any]) -> list[dict[str, Any]]:
     return [
         {
             "replicate": replicate,

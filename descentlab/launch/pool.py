@@ -6,6 +6,7 @@ block only; the next block gets a new worker.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -67,7 +68,7 @@ class Pool:
             _close(worker)
 
     def _start(self) -> _Worker:
-        one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         paths = os.pathsep.join(p for p in sys.path if p)
         process = subprocess.Popen(
             [sys.executable, "-m", "descentlab.launch.worker"],
@@ -139,7 +140,5 @@ class Pool:
 def _close(worker: _Worker) -> None:
     for pipe in (worker.process.stdin, worker.process.stdout):
         if pipe is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # an order that the worker did not live to read
                 pipe.close()
-            except BrokenPipeError:
-                pass  # an order that the worker did not live to read

@@ -45,7 +45,7 @@ class LargestSlot:
 
     def measure(self, m: Measured) -> dict[str, Tensor]:
         slots = [t for t in leaves(m.state.slots) if t.dim() > 1]
-        return {"slot_max": member_max_abs(dict(enumerate(slots)))} if slots else {}
+        return {"slot_max": member_max_abs({str(i): t for i, t in enumerate(slots)})} if slots else {}
 
 
 class BatchNormVariance:

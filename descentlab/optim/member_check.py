@@ -50,9 +50,7 @@ def _differs(rule: Rule, poison: float) -> bool:
         together.step()
         for optimizer in alone:
             optimizer.step()
-    return any(
-        not torch.equal(stacked[i][m], ps[i]) for m, ps in enumerate(singles) for i in range(len(SHAPES))
-    )
+    return any(not torch.equal(stacked[i][m], ps[i]) for m, ps in enumerate(singles) for i in range(len(SHAPES)))
 
 
 def linear_in_lr(rule: Rule) -> bool:

@@ -8,6 +8,7 @@ training by :mod:`descentlab.optim.member_check` and then runs member by member.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,7 +146,7 @@ class StackedOptimizer:
         if self.separate:
             return [(m, m + 1) for m in range(len(steps))]
         cuts = [0, *(i for i in range(1, len(steps)) if steps[i] != steps[i - 1]), len(steps)]
-        return list(zip(cuts[:-1], cuts[1:], strict=True))
+        return list(itertools.pairwise(cuts))
 
     def _bind_group(self, state: State, first: int, last: int) -> _Bound:
         bound = _Bound(first, last, None, {})  # type: ignore[arg-type]

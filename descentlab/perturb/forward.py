@@ -31,7 +31,7 @@ def channels_last_to_logical(flat: np.ndarray, shape: Sequence[int]) -> np.ndarr
 
 
 class ForwardFaultModel:
-    """Plans and realises one replaced run of elements (the :class:`~descentlab.core.protocols.Perturbation` protocol)."""
+    """Plans and realises one replaced run of elements (:class:`~descentlab.core.protocols.Perturbation`)."""
 
     def __init__(self, spec: ForwardFault) -> None:
         self.spec = spec
@@ -39,7 +39,7 @@ class ForwardFaultModel:
     def plan(
         self, case: int, ops: Sequence[OpRecord], streams: Streams, *, replicate: int, steps_per_epoch: int
     ) -> Planned:
-        """Layer uniform over convolutions and linear maps, step uniform over the epochs, value log-uniform, chunk uniform.
+        """Layer uniform over convolutions and linear maps, step and chunk uniform, value log-uniform.
 
         Every draw is made whether it is needed or not, so fixing the layer leaves the step and the value as they were.
         """

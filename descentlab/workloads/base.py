@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,12 +41,13 @@ class Data:
         def move(t: Tensor) -> Tensor:
             return t.to(device, dtype) if t.is_floating_point() else t.to(device)
 
-        parts = {k: move(getattr(self, k)) for k in _PARTS}
+        parts: dict[str, Any] = {k: move(getattr(self, k)) for k in _PARTS}
         return replace(self, **parts)
 
     def map_inputs(self, f: Callable[[Tensor], Tensor]) -> Data:
         """The same data with ``f`` applied to every input."""
-        return replace(self, **{k: f(getattr(self, k)) for k in _PARTS if k.startswith("x_")})
+        parts: dict[str, Any] = {k: f(getattr(self, k)) for k in _PARTS if k.startswith("x_")}
+        return replace(self, **parts)
 
     def sha256(self) -> str:
         """Fingerprint of every array, in a fixed order."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import UserError
 from ..core.streams import Streams
 from .base import Data, ModelFactory
 
@@ -46,4 +47,12 @@ class Matrix(nn.Module):
 
 def model_factory() -> ModelFactory:
     """Theta starts at N(0, 1)."""
-    return ModelFactory(lambda data: Matrix(*data.y_train.shape[1:]))
+
+    def build(data: Data) -> nn.Module:
+        if data.name != "quadratic":
+            raise UserError(
+                "model", "matrix", f"a model that fits dataset '{data.name}'; matrix belongs to 'quadratic'"
+            )
+        return Matrix(*data.y_train.shape[1:])
+
+    return ModelFactory(build)
