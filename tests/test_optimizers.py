@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -172,3 +174,16 @@ def test_linear_decay() -> None:
     assert rate(1e-3, 0) == 1e-3
     assert rate(1e-3, 2500) == pytest.approx(5.5e-4)
     assert rate(1e-3, 5000) == rate(1e-3, 9000) == pytest.approx(1e-4)
+
+
+def test_an_update_does_not_load_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from descentlab.optim.specs import Adam\n"
+        "from descentlab.optim.eager import step\n"
+        "p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3)\n"
+        "o = Adam().build().make([p], 0.1); step(o)\n"
+        "assert abs(p.detach() - 0.9).max() < 1e-6, p\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

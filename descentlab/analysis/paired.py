@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import special  # scipy.stats takes a second to import and is loaded only where it is needed
 
 BOOTSTRAP_FROM = 20
 RESAMPLES = 9999
@@ -76,8 +76,10 @@ def estimate(differences: Sequence[float] | np.ndarray, level: float = 0.95, res
         return Estimate(mean, n, mean, mean, "all replicates equal", 0.0, None)
     dz = mean / sd
     if n < BOOTSTRAP_FROM:
-        half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * sd / math.sqrt(n)
+        half = float(special.stdtrit(n - 1, 0.5 + level / 2)) * sd / math.sqrt(n)
         return Estimate(mean, n, mean - half, mean + half, f"{100 * level:g} % paired t interval", sd, dz)
+    from scipy import stats
+
     interval = stats.bootstrap(
         (d,), np.mean, n_resamples=resamples, confidence_level=level, method="BCa", rng=np.random.default_rng(SEED)
     ).confidence_interval
@@ -87,6 +89,8 @@ def estimate(differences: Sequence[float] | np.ndarray, level: float = 0.95, res
 
 def pratt_p(differences: Sequence[float] | np.ndarray) -> float:
     """Exact two-sided p of the signed-rank test: zeros are ranked and then dropped (Pratt 1959); ties share ranks."""
+    from scipy import stats
+
     d = _checked(differences)
     doubled = np.rint(2 * stats.rankdata(np.abs(d))).astype(int)  # mid-ranks are half-integers
     ranks, positive = doubled[d != 0], d[d != 0] > 0
@@ -102,6 +106,8 @@ def pratt_p(differences: Sequence[float] | np.ndarray) -> float:
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray, resamples: int = RESAMPLES) -> float:
     """Two-sided permutation p of the mean under random signs (Monte Carlo with a fixed seed)."""
+    from scipy import stats
+
     d = _checked(differences)
     result = stats.permutation_test(
         (d, np.zeros_like(d)),
@@ -134,11 +140,14 @@ def paired_test(differences: Sequence[float] | np.ndarray, level: float = 0.05) 
         least = smallest_signed_p(d)
         if least > level:
             return Test(None, method, f"not run: its smallest possible p is {least:.2g}, the level {level:.2g}")
+        from scipy import stats
+
         rank_sum = float(np.sum(stats.rankdata(np.abs(d)) * np.sign(d)))
         return Test(pratt_p(d), method, direction=int(np.sign(rank_sum)))
     direction = int(np.sign(d.mean()))
     if n < BOOTSTRAP_FROM:
-        return Test(float(stats.ttest_1samp(d, 0.0).pvalue), "paired t", direction=direction)
+        t = float(d.mean()) / (float(d.std(ddof=1)) / math.sqrt(n))
+        return Test(float(2 * special.stdtr(n - 1, -abs(t))), "paired t", direction=direction)
     return Test(sign_flip_p(d), f"sign-flip permutation ({RESAMPLES} draws)", direction=direction)
 
 
@@ -159,8 +168,8 @@ def power(effect: float, n: int, alpha: float = 0.05) -> float:
     answers NaN for some of the few degrees of freedom and large shifts needed here.
     """
     df = n - 1
-    critical, shift = float(stats.t.ppf(1 - alpha / 2, df)), effect * math.sqrt(n)
-    s = np.linspace(0.0, math.sqrt(float(stats.chi2.isf(1e-12, df)) / df), 20001)
+    critical, shift = float(special.stdtrit(df, 1 - alpha / 2)), effect * math.sqrt(n)
+    s = np.linspace(0.0, math.sqrt(float(special.chdtri(df, 1e-12)) / df), 20001)
     constant = math.log(2) + df / 2 * math.log(df / 2) - special.gammaln(df / 2)
     log_density = constant + special.xlogy(df - 1, s) - df / 2 * s**2
     beyond = special.ndtr(shift - critical * s) + special.ndtr(-shift - critical * s)
@@ -171,15 +180,20 @@ def detectable(sd: float | None, n: int, alpha: float = 0.05, wanted: float = 0.
     """The mean difference a paired t test finds with power ``wanted``, given the observed ``sd``; None if undefined."""
     if sd is None or n < 2 or sd == 0:
         return None
-    high = 1.0
+    low, high = 0.0, 1.0
     while power(high, n, alpha) < wanted:
         high *= 2
-    return sd * float(optimize.brentq(lambda effect: power(effect, n, alpha) - wanted, 0.0, high))
+    while high - low > 1e-9 * high:  # power grows with the effect
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, n, alpha) < wanted else (low, middle)
+    return sd * high
 
 
 def wilson(events: int, n: int, level: float = 0.95) -> Estimate:
-    """A rate with its Wilson score interval."""
+    """A rate with its Wilson score interval (Wilson 1927)."""
     if n == 0:
         raise ValueError("n: expected at least one replicate")
-    interval = stats.binomtest(events, n).proportion_ci(level, method="wilson")
-    return Estimate(events / n, n, float(interval.low), float(interval.high), f"{100 * level:g} % Wilson interval")
+    z, p = float(special.ndtri(0.5 + level / 2)), events / n
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((centre + side * half) / (1 + z**2 / n) for side in (-1, 1))
+    return Estimate(p, n, max(0.0, low), min(1.0, high), f"{100 * level:g} % Wilson interval")

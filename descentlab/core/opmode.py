@@ -1,7 +1,7 @@
 """One interception layer for every operation a perturbation can touch.
 
 ``OpMode`` sees each convolution, linear map, batch normalisation and dropout of a module's forward pass, inside
-``vmap(grad(functional_call))`` as well as in a plain call. Where nothing is to be edited it calls the stock
+``vmap(functional_call)`` as well as in a plain call. Where nothing is to be edited it calls the stock
 operation, so switching it on changes no bit.
 """
 

@@ -51,6 +51,7 @@ class Parts:
     test: tuple[Tensor, Tensor]
     fresh: Callable[[int], tuple[Tree, Tree]]  # replicate -> (params, buffers) of one member, without the M axis
     operations: Sequence[OpRecord] = ()
+    evaluator: Work = field(kw_only=True)
     workers: int = 1
     every: int = 1
     evaluate_every: int = 10
@@ -318,7 +319,7 @@ class Engine(ABC):
         if due:
             part = self.state.take(due)
             x, y = self.parts.test
-            look = Measured(part, {}, m.loss, m.accuracy, m.lr, None, lambda: self.parts.many.evaluate(part, x, y))
+            look = Measured(part, {}, m.loss, m.accuracy, m.lr, None, lambda: self.parts.evaluator.evaluate(part, x, y))
             for observable in self.parts.on_schedule:
                 for name, values in observable.measure(look).items():
                     scheduled[name] = dict(zip(due, values.tolist(), strict=True))

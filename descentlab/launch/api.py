@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from ..config.yaml12 import dump
 from ..core.errors import StudyError, UserError
 from ..store import BlockWriter, RunDirectory
 from ..store import load as load_results
+from ..store.provenance import record
 from .pool import Outcome, Pool
+from .prepare import prepare, resolved_rows
 from .progress import Progress
 
 RUNS_WITHOUT_ASKING = 10_000
@@ -41,15 +43,31 @@ def run(
     if len(resolved.runs) > RUNS_WITHOUT_ASKING and not yes:
         raise UserError("runs", len(resolved.runs), f"at most {RUNS_WITHOUT_ASKING} without -y")
     _check_device(resolved)
-    directory = RunDirectory.create(out, resolved.study.name, dump(resolved.document), overwrite=overwrite)
-    with directory.lock(), _stop_on_signals() as stop:
+    RunDirectory.check(out, resolved.study.name, overwrite=overwrite)
+    document = dump(resolved.document)
+    with _stop_on_signals() as stop:
         size = _processes(resolved) if launcher == "pool" else 0
         with Pool(size) if size else nullcontext() as pool:
-            outcomes = _execute(resolved, directory, pool, stop)
-        code = _conclude(directory, outcomes, interrupted=stop.is_set())
-        if with_report and code != 130 and any(row["status"] != "failed" for row in directory.read_jsonl("runs.jsonl")):
-            print(f"report: {report(directory.path)}")
+            prepared = pool.prepare(document, out, overwrite) if pool else prepare(resolved, out, overwrite)
+            directory = RunDirectory.create(out, resolved.study.name, document, overwrite=overwrite)
+            with directory.lock():
+                _write_plan(resolved, directory, prepared)
+                outcomes = _execute(resolved, directory, prepared["plan"], pool, stop)
+                code = _conclude(directory, outcomes, interrupted=stop.is_set())
+                if with_report and code != 130 and _any_finished(directory):
+                    print(f"report: {report(directory.path)}")
         return code
+
+
+def _write_plan(resolved: Resolved, directory: RunDirectory, prepared: dict[str, Any]) -> None:
+    directory.replace_json("plan.json", prepared["plan"])
+    directory.replace_jsonl("campaign.jsonl", prepared["campaign"])
+    directory.replace_jsonl("resolved.jsonl", resolved_rows(resolved))
+    record(directory, sys.argv, prepared["device"])
+
+
+def _any_finished(directory: RunDirectory) -> bool:
+    return any(row["status"] != "failed" for row in directory.read_jsonl("runs.jsonl"))
 
 
 def _check_device(resolved: Resolved) -> None:
@@ -87,8 +105,9 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _execute(resolved: Resolved, directory: RunDirectory, pool: Any, stop: threading.Event) -> list[Outcome]:
-    plan = prepare(resolved, directory)
+def _execute(
+    resolved: Resolved, directory: RunDirectory, plan: dict[str, Any], pool: Any, stop: threading.Event
+) -> list[Outcome]:
     wanted = {run.id for run in resolved.runs}
     blocks = [b for b in plan["blocks"] if wanted & set(b["runs"])]
     pending = [b for b in blocks if not BlockWriter(directory, b["key"], semantics=plan["semantics"]).is_done]
@@ -100,6 +119,7 @@ def _execute(resolved: Resolved, directory: RunDirectory, pool: Any, stop: threa
     if done:
         print(f"resuming: {done} of {len(wanted)} runs are done", file=sys.stderr)
     keys = [b["key"] for b in pending]
+    threading.Thread(target=_warm_up, args=(resolved,), daemon=True).start()
     with Progress(sum(b["member_steps"] for b in pending), resolved.study.name) as progress:
         if pool is not None:
             outcomes = pool.run(directory.path, keys, tick=progress.tick, stop=stop.is_set)
@@ -110,6 +130,13 @@ def _execute(resolved: Resolved, directory: RunDirectory, pool: Any, stop: threa
             BlockWriter(directory, outcome.key).fail(outcome.message)
             directory.event("failed", outcome.message, block=outcome.key)
     return outcomes
+
+
+def _warm_up(resolved: Resolved) -> None:
+    """Import what the report needs while the workers train; a failure shows when the report is written."""
+    with suppress(ImportError):
+        importlib.import_module(resolved.study.report.partition(":")[0])
+        importlib.import_module("matplotlib.backends.backend_agg")
 
 
 def _in_process(path: Path, keys: Sequence[str], progress: Progress, stop: threading.Event) -> list[Outcome]:
@@ -128,37 +155,6 @@ def _in_process(path: Path, keys: Sequence[str], progress: Progress, stop: threa
     finally:
         torch.set_num_threads(threads)
     return outcomes
-
-
-def prepare(resolved: Resolved, directory: RunDirectory) -> dict[str, Any]:
-    """Write resolved.jsonl, campaign.jsonl, plan.json and provenance.json; returns the plan."""
-    from ..store.provenance import record
-    from .build import resolve_device
-    from .plan import make_plan
-
-    known = directory.read_json("plan.json") if (directory.path / "plan.json").is_file() else {}
-    plan, campaign = make_plan(resolved, known)
-    directory.replace_json("plan.json", plan)
-    directory.replace_jsonl("campaign.jsonl", campaign)
-    directory.replace_jsonl("resolved.jsonl", resolved_rows(resolved))
-    record(directory, sys.argv, str(resolve_device(resolved.cells[0].device)))
-    return plan
-
-
-def resolved_rows(resolved: Resolved) -> list[dict[str, Any]]:
-    """One line per run: id, cell, replicate, role, labels, settings."""
-    settings = [cell.model_dump(mode="json") for cell in resolved.cells]
-    return [
-        {
-            "id": r.id,
-            "cell": r.cell,
-            "replicate": r.replicate,
-            "role": r.role,
-            "labels": dict(r.labels),
-            "settings": settings[r.cell],
-        }
-        for r in resolved.runs
-    ]
 
 
 def _conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupted: bool) -> int:

@@ -117,6 +117,7 @@ def build_parts(cell: StudySpec, route: Route) -> Parts:
     fault = getattr(cell, "fault", None)
     compressor = getattr(cell, "compressor", None)
     data = work.data
+    operations = trace(module, data.x_train[: cell.batch_size])
     return Parts(
         many=many,
         single=single,
@@ -131,7 +132,10 @@ def build_parts(cell: StudySpec, route: Route) -> Parts:
         train=(data.x_train, data.y_train),
         test=(data.x_test, data.y_test),
         fresh=fresh,
-        operations=trace(module, data.x_train[: cell.batch_size]),
+        evaluator=single
+        if any(r.kind == "conv" for r in operations)
+        else many,  # large batches: no call overhead to save
+        operations=operations,
         workers=getattr(cell, "workers", 1),
         every=cell.observe.every,
         evaluate_every=cell.observe.evaluate_every,

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import StudyError, UserError
+
 POLL_S = 0.1
 GRACE_S = 60.0  # a worker that was told to stop finishes its update and writes a checkpoint
 
@@ -90,6 +92,23 @@ class Pool:
         except ValueError:
             pass  # closed while reading
         self._events.put((worker, None))
+
+    def prepare(self, study: str, out: Path, overwrite: bool) -> dict[str, Any]:
+        """Have one worker plan the study (YAML text), so that this process needs no torch; see ``prepare.prepare``.
+
+        Raises what planning raised.
+        """
+        self._workers[0].order(study=study, out=str(out.resolve()), overwrite=overwrite)
+        while True:
+            _, event = self._events.get()
+            if event is None:
+                raise StudyError("a worker process ended while planning; its messages are above")
+            if event.get("outcome") == "refused":
+                raise UserError(*event["message"][:3], hint=event["message"][3])
+            if event.get("outcome") == "failed":
+                raise StudyError(event["message"])
+            if event.get("outcome") == "prepared":
+                return event["message"]
 
     def run(
         self, path: Path, keys: Sequence[str], *, tick: Callable[[int], None], stop: Callable[[], bool]

@@ -1,8 +1,8 @@
 """A worker process of the local pool: ``python -m descentlab.launch.worker``.
 
-One JSON object per line. In: ``{"block": key, "path": DIR}`` or ``{"stop": true}``; end of input also stops it, so a
-worker never outlives the process that started it. Out: ``{"ready"}``, ``{"steps": n}`` (at most five times a second),
-``{"outcome", "message"}``. Whatever user code prints goes to the block's log.
+One JSON object per line. In: ``{"study": YAML text, "out": DIR, "overwrite": bool}`` (plan it), ``{"path": DIR,
+"block": key}`` or ``{"stop": true}``; end of input also stops it, so a worker never outlives the process that started
+it. Out: ``{"steps": n}`` (at most five times a second), ``{"outcome", "message"}``. User prints go to a log.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any, TextIO
+
+from ..core.errors import StudyError, UserError
 
 REPORT_S = 0.2
 
@@ -71,7 +74,6 @@ def main() -> None:
     torch.set_num_threads(1)
     from .block import run_block  # after torch: this is the slow part, done while the parent still plans
 
-    say(out, ready=True)
     while (order := orders.get()) is not None:
         reporter = _Reporter(out)
         outcome, message = _serve(run_block, order, reporter, stopping)
@@ -79,7 +81,29 @@ def main() -> None:
         say(out, outcome=outcome, message=message)
 
 
-def _serve(run_block: Any, order: dict[str, Any], reporter: _Reporter, stopping: threading.Event) -> tuple[str, str]:
+def _prepare(order: dict[str, Any]) -> tuple[str, Any]:
+    from ..config.resolve import resolve
+    from .prepare import prepare
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            study = Path(folder) / "study.yaml"
+            study.write_text(order["study"])
+            return "prepared", prepare(resolve(study), Path(order["out"]), order["overwrite"])
+    except StudyError as error:
+        return "failed", str(error)
+    except UserError as error:  # the user's, to be shown by the parent as if it had found it
+        return "refused", [error.key, plain(error.value), error.expected, error.hint]
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can carry it."""
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _serve(run_block: Any, order: dict[str, Any], reporter: _Reporter, stopping: threading.Event) -> tuple[str, Any]:
+    if "study" in order:
+        return _prepare(order)
     path, key = Path(order["path"]), order["block"]
     (path / "logs").mkdir(exist_ok=True)
     with (path / "logs" / f"{key}.log").open("a", buffering=1) as log:
@@ -95,3 +119,5 @@ def _serve(run_block: Any, order: dict[str, Any], reporter: _Reporter, stopping:
 
 if __name__ == "__main__":
     main()
+    sys.stderr.flush()
+    os._exit(0)  # everything is written; taking torch down in order would cost another second

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .eager import step
+
 if TYPE_CHECKING:
     from .stacked import Rule
 
@@ -38,18 +40,18 @@ def _differs(rule: Rule, poison: float) -> bool:
     singles = [[p[m].clone().requires_grad_() for p in start] for m in range(members - 1)]
     together = rule.make(list(stacked), rule.lr)
     alone = [rule.make(list(ps), rule.lr) for ps in singles]
-    for step in range(STEPS):
+    for update in range(STEPS):
         for i, shape in enumerate(SHAPES):
             grad = torch.randn(members, *shape, generator=generator)
             grad *= torch.tensor(SCALES).view(-1, *[1] * len(shape))
-            if step >= 2:
+            if update >= 2:
                 grad[-1] = poison
             stacked[i].grad = grad
             for m, ps in enumerate(singles):
                 ps[i].grad = grad[m].clone()
-        together.step()
+        step(together)
         for optimizer in alone:
-            optimizer.step()
+            step(optimizer)
     return any(not torch.equal(stacked[i][m], ps[i]) for m, ps in enumerate(singles) for i in range(len(SHAPES)))
 
 
@@ -64,8 +66,8 @@ def linear_in_lr(rule: Rule) -> bool:
         grad = torch.randn(6, dtype=torch.float64, generator=generator)
         plain.grad, scaled.grad = grad.clone(), grad.clone()
         before = scaled.detach().clone()
-        direct.step()
-        unit.step()
+        step(direct)
+        step(unit)
         with torch.no_grad():
             scaled.sub_(before).mul_(lr).add_(before)
     return torch.allclose(plain, scaled, rtol=1e-9, atol=1e-12)

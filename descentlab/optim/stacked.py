@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.state import State
 from ..core.tree import Tree, clone
+from .eager import construct, step
 
 SLOT_KINDS = {
     "momentum_buffer": "momentum",
@@ -45,7 +46,7 @@ class Rule:
 
     def make(self, tensors: list[Tensor], lr: float) -> torch.optim.Optimizer:
         """An instance over ``tensors``; never the fused kernel, whose bits depend on the grouping."""
-        return self.cls(tensors, **{**self.settings, "lr": lr})
+        return construct(self.cls, tensors, {**self.settings, "lr": lr})
 
 
 def torch_rule(name: str, settings: Mapping[str, Any]) -> Rule:
@@ -57,7 +58,7 @@ def scalar_slots(rule: Rule) -> frozenset[str]:
     p = torch.ones(2, 3, requires_grad=True)
     p.grad = torch.ones(2, 3)
     optimizer = rule.make([p], rule.lr)
-    optimizer.step()
+    step(optimizer)
     slots = optimizer.state[p].items()
     return frozenset(k for k, v in slots if k != "step" and v is not None and torch.as_tensor(v).dim() == 0)
 
@@ -121,7 +122,7 @@ class StackedOptimizer:
     def _step(self, bound: _Bound, lr: float) -> None:
         for group in bound.optimizer.param_groups:
             group["lr"] = lr
-        bound.optimizer.step()
+        step(bound.optimizer)
 
     def _step_many_rates(self, bound: _Bound, lr: Tensor) -> None:
         """Step at lr 1, then rescale the displacement; right for rules whose update is linear in lr."""
@@ -152,10 +153,10 @@ class StackedOptimizer:
         bound = _Bound(first, last, None, {})  # type: ignore[arg-type]
         bound.views = {n: self._view(p, bound).detach().requires_grad_() for n, p in state.params.items()}
         bound.optimizer = self.rule.make(list(bound.views.values()), 1.0)
-        step = int(state.opt_step[first])
-        if step:
+        made = int(state.opt_step[first])
+        if made:
             for name, view in bound.views.items():
-                entry: dict[str, Any] = {"step": torch.tensor(float(step))}
+                entry: dict[str, Any] = {"step": torch.tensor(float(made))}
                 for slot, stored in state.slots.items():
                     if name in stored:
                         entry[slot] = self._slot(slot, stored[name], bound)

@@ -52,15 +52,7 @@ class RunDirectory:
         """
         path = Path(path)
         _make_writable(path)
-        marker = _read_marker(path)
-        if marker is None:
-            _refuse_foreign(path)
-        elif not overwrite:
-            _check_marker(path, marker)
-            if marker["study"] != study_name:
-                raise UserError(
-                    "--out", str(path), f"a directory of study '{study_name}'; it holds '{marker['study']}'"
-                )
+        cls.check(path, study_name, overwrite=overwrite)
         directory = cls(path, study_name)
         with directory.lock():
             if overwrite:
@@ -74,6 +66,20 @@ class RunDirectory:
             for name in sorted(APPENDED):
                 directory.repair(name)
         return directory
+
+    @classmethod
+    def check(cls, path: str | Path, study_name: str, *, overwrite: bool = False) -> None:
+        """Raise the :class:`UserError` that :meth:`create` would for what is in ``path``; writes nothing."""
+        path = Path(path)
+        marker = _read_marker(path)
+        if marker is None:
+            if path.is_dir():
+                _refuse_foreign(path)
+        elif not overwrite:
+            _check_marker(path, marker)
+            if marker["study"] != study_name:
+                expected = f"a directory of study '{study_name}'; it holds '{marker['study']}'"
+                raise UserError("--out", str(path), expected)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:

@@ -153,9 +153,9 @@ def shown_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def figures_as_pdf(results: ResultsLike) -> bool:
-    """Whether figures are also written as PDF; not at ``size=quick``, where they would take most of the time."""
-    return results.spec.get("size") != "quick"
+def is_brief(results: ResultsLike) -> bool:
+    """Whether the report leaves out PDF files and some figures: at ``size=quick`` they would take most of the time."""
+    return results.spec.get("size") == "quick"
 
 
 def command_text(results: ResultsLike, study: str) -> str:

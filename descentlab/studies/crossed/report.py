@@ -19,7 +19,7 @@ from ..common import (
     contrast_item,
     contrast_table,
     failure_rule_text,
-    figures_as_pdf,
+    is_brief,
     item,
     plain_item,
     scaled,
@@ -264,5 +264,5 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         contrasts=table,
         runs=len(ended),
         notes=notes,
-        pdf=figures_as_pdf(results),
+        pdf=not is_brief(results),
     )

@@ -147,14 +147,14 @@ def _draw_band(ax: Axes, x: np.ndarray, band: Band, look: Look, label: str = "_n
 
 def mean_band(values: np.ndarray) -> Band:
     """Mean and 95 % t interval over cases of values [cases, steps], where at least half of the cases (2) contribute."""
-    from scipy import stats
+    from scipy import special
 
     n = np.isfinite(values).sum(axis=0)
     enough = (n >= 2) & (2 * n >= len(values))
     shown = np.where(enough, values, 0.0)
     shown = np.where(enough & ~np.isfinite(values), np.nan, shown)
     centre, spread = np.nanmean(shown, axis=0), np.nanstd(shown, axis=0) * np.sqrt(n / np.maximum(1, n - 1))
-    half = stats.t.ppf(0.975, np.maximum(1, n - 1)) * spread / np.sqrt(np.maximum(1, n))
+    half = special.stdtrit(np.maximum(1, n - 1), 0.975) * spread / np.sqrt(np.maximum(1, n))
     hide = np.where(enough, 0.0, np.nan)
     return centre + hide, centre - half + hide, centre + half + hide
 

@@ -19,8 +19,8 @@ from ..common import (
     contrast_item,
     contrast_table,
     failure_rule_text,
-    figures_as_pdf,
     interval_text,
+    is_brief,
     percent_range,
     plain_item,
     shown_provenance,
@@ -125,7 +125,7 @@ def _comparison_blocks(recovery: Recovery, results: ResultsLike) -> list[FigureB
     return blocks
 
 
-def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
+def _after_blocks(recovery: Recovery, n: int, brief: bool) -> list[FigureBlock]:
     zoom = (
         f"From 10 steps before the hit, cases aligned at the hit (step 0), n = {n} cases where that step exists, "
         "drawn where at least half do. Top: median and quartiles of training loss over cases; bottom: mean "
@@ -137,13 +137,12 @@ def _after_blocks(recovery: Recovery, n: int) -> list[FigureBlock]:
         f"and quartiles over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An "
         "optimizer without slots has no line."
     )
+    alt = "Training loss and accuracy around the hit, with the fault and without"
+    around = [FigureBlock("recovery_zoom", figures.zoom(recovery), zoom, alt)]
+    if brief:
+        return around
     return [
-        FigureBlock(
-            "recovery_zoom",
-            figures.zoom(recovery),
-            zoom,
-            "Training loss and accuracy around the hit, with the fault and without",
-        ),
+        *around,
         FigureBlock(
             "state_after_hit",
             figures.state(recovery),
@@ -191,6 +190,7 @@ def _sections(
     recovery: Recovery, results: ResultsLike, summary: dict[str, SummaryItem], intervals: FigureBlock
 ) -> list[Section]:
     n = len(set(recovery.measures["replicate"].to_list()))
+    brief = is_brief(results)
     phase = (
         pl.when(pl.col("epoch") <= tables.EARLY_EPOCH)
         .then(pl.lit("early (epoch 0, 1)"))
@@ -199,8 +199,8 @@ def _sections(
     return [
         Section("Results per optimizer", [tables.condition_table(recovery, summary), intervals]),
         Section("Summary of all cases", [_overview_block(recovery, n)]),
-        Section("Around the hit", _after_blocks(recovery, n)),
-        Section("Single cases in full", _comparison_blocks(recovery, results)),
+        Section("Around the hit", _after_blocks(recovery, n, brief)),
+        *([] if brief else [Section("Single cases in full", _comparison_blocks(recovery, results))]),
         Section("Head to head", [tables.head_table(recovery)]),
         Section("By layer", [tables.breakdown(recovery, pl.col("layer"), "layer")]),
         Section("By time of the hit", [tables.breakdown(recovery, phase, "time of the hit")]),
@@ -263,6 +263,8 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         if pending
         else []
     )
+    if is_brief(results):
+        notes.append("size=quick draws three of the figures, as PNG only; run the default size for all of them.")
     caption = (
         f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All "
         "pairs of optimizers were planned; nothing else is tested."
@@ -286,5 +288,5 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         contrasts=table,
         runs=len(recovery.scores.by_run) - pending,
         notes=notes,
-        pdf=figures_as_pdf(results),
+        pdf=not is_brief(results),
     )
