@@ -183,7 +183,7 @@ def detectable(sd: float | None, n: int, alpha: float = 0.05, wanted: float = 0.
     low, high = 0.0, 1.0
     while power(high, n, alpha) < wanted:
         high *= 2
-    while high - low > 1e-9 * high:  # power grows with the effect
+    while high - low > 1e-8 * high:  # power grows with the effect
         middle = (low + high) / 2
         low, high = (middle, high) if power(middle, n, alpha) < wanted else (low, middle)
     return sd * high

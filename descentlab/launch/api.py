@@ -136,7 +136,8 @@ def _warm_up(resolved: Resolved) -> None:
     """Import what the report needs while the workers train; a failure shows when the report is written."""
     with suppress(ImportError):
         importlib.import_module(resolved.study.report.partition(":")[0])
-        importlib.import_module("matplotlib.backends.backend_agg")
+        for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2"):
+            importlib.import_module(name)
 
 
 def _in_process(path: Path, keys: Sequence[str], progress: Progress, stop: threading.Event) -> list[Outcome]:

@@ -25,7 +25,6 @@ def image_bytes(figure: Figure, kind: str) -> bytes:
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
     buffer = io.BytesIO()
     canvas = FigureCanvasAgg(figure)
@@ -37,6 +36,8 @@ def image_bytes(figure: Figure, kind: str) -> bytes:
     if kind == "png":
         canvas.print_png(buffer, metadata={"Software": None})
     else:
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
         with matplotlib.rc_context({"pdf.fonttype": 42}):
             FigureCanvasPdf(figure).print_pdf(
                 buffer, metadata={"CreationDate": None, "Producer": None, "Creator": None}
