@@ -13,10 +13,9 @@ from types import ModuleType
 import pytest
 
 from descentlab.config.resolve import resolve
-from descentlab.config.yaml12 import dump
 from descentlab.launch import api
 from descentlab.launch.block import run_block
-from descentlab.store import RunDirectory, load
+from descentlab.store import load
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -55,9 +54,7 @@ def recovery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ["size=quick", "cases=2", "recovery_steps=2", "observe.evaluate_every=0"]
     resolved = resolve("recovery", settings)
     out = tmp_path_factory.mktemp("replay") / "recovery"
-    directory = RunDirectory.create(out, "recovery", dump(resolved.document))
-    for block in api.prepare(resolved, directory)["blocks"]:
-        run_block(out, block["key"])
+    assert api.run(resolved, out, launcher="local", with_report=False) == 0
     load(out)  # writes table.parquet and hits.jsonl
     return out
 
