@@ -79,8 +79,9 @@ def test_replay_without_the_fault_gives_another_loss(recovery: Path) -> None:
     """As a command, in a process that has not imported the package."""
     first = (recovery / "campaign.jsonl").read_text().splitlines()[0]
     assert '"case": 0' in first and '"layer": "head"' not in first
-    command = [sys.executable, "examples/replay_fault.py", str(recovery), "0", "--without-fault"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    code = f"import replay_fault, pathlib; replay_fault.main(pathlib.Path({str(recovery)!r}), 0, False)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     replayed = losses(done.stdout)
     assert len(replayed) == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -175,30 +175,6 @@ class Timeline(Protocol):
     """Delay laws that ignore the weights are a table computed ahead: ``ticks`` gives one Tick per server update."""
 
     def ticks(self, workers: int, steps: int, streams: Streams, replicate: int) -> list[Tick]: ...
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One node of a study's DAG. ``kind``: train | evaluate | choose | derive; ``inputs`` are keys of other stages.
-
-    ``fork`` > 1 means that many continuations of one state. The key is a hash of (spec, input keys, semantics), so a
-    changed setting reruns what depends on it and nothing else.
-    """
-
-    name: str
-    kind: str
-    spec: Mapping[str, Any] = field(default_factory=dict)
-    inputs: tuple[str, ...] = ()
-    fork: int = 1
-    semantics: int = 1
-
-    @property
-    def key(self) -> str:
-        import hashlib
-        import json
-
-        text = json.dumps([self.name, self.kind, self.spec, self.inputs, self.fork, self.semantics], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class ModuleMaker(Protocol):

@@ -16,6 +16,7 @@ from ..config.tree import Run, StudyDef
 from ..core.errors import StudyError, UserError
 from ..core.opmode import Site as OpSite
 from ..core.protocols import Planned
+from ..core.stage import Stage, stage_keys
 from ..engine.program import MEMBERS_PER_BLOCK, BlockPlan, Route, RunPlan
 from ..engine.support import ROOMS, refusal
 from .build import Site, plan_fault, survey
@@ -32,6 +33,10 @@ class Program(Protocol):
 
     def horizon(self, cell: Any, planned: Sequence[Planned]) -> tuple[int, int]:
         """(updates to make, step from which evaluations are counted)."""
+        ...
+
+    def stages(self, cell: Any) -> Sequence[Stage]:
+        """What is done to one cell, inputs first; the last ``train`` stage is what its blocks compute."""
         ...
 
 
@@ -78,7 +83,7 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
     for run in resolved.runs:
         groups.setdefault(group_text(resolved.cells[run.cell]), []).append(run)
     sites: dict[str, Site] = {}
-    for text, runs in groups.items():
+    for runs in groups.values():
         cells = {run.cell: resolved.cells[run.cell] for run in runs}
         for cell in cells.values():
             _check_supported(program.engine(cell), cell)
@@ -89,8 +94,10 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
         plans = [_run_plan(program, cells[r.cell], r, planned) for r in runs if r.id not in held]
         share = bool(getattr(first, "share_prefix", True))
         settings = next((c for c in cells.values() if _faulted(c)), first)
+        stages = stage_entries(program.stages(first))
+        trained = next(s["key"] for s in reversed(stages) if s["kind"] == "train")
         for members in _pack(plans, site.route):
-            blocks.append(_block_json(text, members, site.route, share, program.engine(first), settings))
+            blocks.append(_block_json(trained, stages, members, site.route, share, program.engine(first), settings))
     _check_route(known)
     spec = f"{resolved.study.spec.__module__}:{resolved.study.spec.__qualname__}"
     return {"semantics": SEMANTICS, "spec": spec, "threads_per_process": 1, "blocks": blocks}, _unique(campaign)
@@ -159,10 +166,24 @@ def _pack(plans: Sequence[RunPlan], route: Route) -> list[list[RunPlan]]:
     return packed
 
 
+def stage_entries(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The stages of a cell with their keys, as plan.json stores them."""
+    keys = stage_keys(stages)
+    return [
+        {"name": s.name, "kind": s.kind, "key": keys[s.name], "inputs": list(s.inputs), "fork": s.fork} for s in stages
+    ]
+
+
 def _block_json(
-    text: str, members: list[RunPlan], route: Route, share: bool, engine: str, settings: Any
+    trained: str,
+    stages: list[dict[str, Any]],
+    members: list[RunPlan],
+    route: Route,
+    share: bool,
+    engine: str,
+    settings: Any,
 ) -> dict[str, Any]:
-    key = hashlib.sha256(json.dumps([text, [m.id for m in members], route]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([trained, [m.id for m in members], route]).encode()).hexdigest()[:12]
     block = BlockPlan(key, 0, route, tuple(members), share)
     return {
         "key": key,
@@ -172,6 +193,7 @@ def _block_json(
         "route": route,
         "engine": engine,
         "share_prefix": share,
+        "stages": stages,
         "settings": settings.model_dump(mode="json"),
         "plans": [_run_json(m) for m in members],
     }

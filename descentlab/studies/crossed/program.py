@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...core.protocols import Planned
+from ...core.stage import Stage
 from .spec import CrossedSpec
 
 
@@ -17,3 +18,14 @@ def horizon(cell: CrossedSpec, planned: Sequence[Planned]) -> tuple[int, int]:
     """``steps`` updates; evaluated so that the last one is."""
     every = cell.observe.evaluate_every or cell.steps
     return cell.steps, (cell.steps - 1) % every
+
+
+def stages(cell: CrossedSpec) -> list[Stage]:
+    """One training stage per combination of conditions; the contrasts are derived from all of them."""
+    settings = cell.identity()
+    fault = settings.pop("fault")
+    return [
+        Stage("campaign", "derive", {"fault": fault, "seed": settings.get("seed")}),
+        Stage("training", "train", settings, ("campaign",)),
+        Stage("contrasts", "derive", {}, ("training",)),
+    ]

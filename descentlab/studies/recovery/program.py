@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...core.protocols import Planned
+from ...core.stage import Stage
 from .spec import RecoverySpec
 
 
@@ -17,3 +18,17 @@ def horizon(cell: RecoverySpec, planned: Sequence[Planned]) -> tuple[int, int]:
     """The hit step and ``recovery_steps`` more; evaluations are counted from the hit."""
     hit = planned[0].step
     return hit + 1 + cell.recovery_steps, hit
+
+
+def stages(cell: RecoverySpec) -> list[Stage]:
+    """The campaign needs no weights; the prefix depends on it only through its length; the fork on both."""
+    settings = cell.identity()
+    fault = settings.pop("fault")
+    workload = {k: settings.get(k) for k in ["dataset", "model", "seed", "batch_size", "dtype"]}
+    after = {"recovery_steps": settings.pop("recovery_steps", None)}
+    return [
+        Stage("campaign", "derive", {**workload, "fault": fault}),
+        Stage("prefix", "train", settings, ("campaign",)),
+        Stage("recovery", "train", after, ("campaign", "prefix"), fork=2),
+        Stage("comparison", "derive", {}, ("recovery",)),
+    ]
