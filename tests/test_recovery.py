@@ -73,7 +73,7 @@ def test_the_table(results: store.Results) -> None:
     hit = frame.filter(pl.col("step") == pl.col("hit_step"))
     assert len(hit) == 32 and hit["test_loss"].null_count() == 0 and hit["train_loss"].null_count() == 0
     last = frame.group_by("run").agg(pl.col("step").max() - pl.col("hit_step").first())
-    assert last["step"].unique().to_list() == [20]
+    assert last["step"].unique().to_list() == [10]
     for name in [
         "train_accuracy",
         "grad_norm",
@@ -128,7 +128,7 @@ def test_the_report_is_written(results: store.Results) -> None:
             item = summary[f"recovery/{optimizer}/{measure}"]
             assert item["n"] == 4 and item["low"] <= item["value"] <= item["high"] and item["method"]
     assert (report / "report.md").stat().st_size > 1000
-    assert len(list((report / "figures").glob("*.png"))) >= 3
+    assert len(list((report / "figures").glob("*.png"))) >= 2
 
 
 def test_the_published_preset_has_the_published_settings() -> None:
@@ -186,10 +186,9 @@ def test_a_crashed_block_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "crash.py").write_text(
         "import os, torch\n"
         "class Suicidal(torch.optim.SGD):\n"
-        "    calls = 0\n"
         "    def step(self, closure=None):\n"
-        "        Suicidal.calls += 1\n"
-        "        if Suicidal.calls > 200: os.kill(os.getpid(), 9)\n"
+        "        size = sum(p.numel() for g in self.param_groups for p in g['params'])\n"
+        "        if size > 3000: os.kill(os.getpid(), 9)  # the study's models, not the check before them\n"
         "        return super().step(closure)\n"
     )
     sys.path.append(str(tmp_path))

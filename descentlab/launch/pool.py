@@ -94,11 +94,13 @@ class Pool:
         self._events.put((worker, None))
 
     def prepare(self, study: str, out: Path, overwrite: bool) -> dict[str, Any]:
-        """Have one worker plan the study (YAML text), so that this process needs no torch; see ``prepare.prepare``.
+        """Have the workers plan the study (YAML text), so that this process needs no torch; see ``prepare.prepare``.
 
+        All of them do and the first answer counts: planning loads the data, which the others need next anyway.
         Raises what planning raised.
         """
-        self._workers[0].order(study=study, out=str(out.resolve()), overwrite=overwrite)
+        for worker in self._workers:
+            worker.order(study=study, out=str(out.resolve()), overwrite=overwrite)
         while True:
             _, event = self._events.get()
             if event is None:
@@ -135,7 +137,7 @@ class Pool:
                     self._give(fresh, path, waiting)
             elif "steps" in event:
                 tick(event["steps"])
-            elif "outcome" in event and worker.block is not None:
+            elif "outcome" in event and event["block"] == worker.block is not None:
                 outcomes.append(Outcome(worker.block, event["outcome"], event["message"]))
                 worker.block = None
                 self._give(worker, path, waiting)

@@ -78,7 +78,7 @@ def main() -> None:
         reporter = _Reporter(out)
         outcome, message = _serve(run_block, order, reporter, stopping)
         reporter.flush()
-        say(out, outcome=outcome, message=message)
+        say(out, outcome=outcome, message=message, block=order.get("block"))
 
 
 def _prepare(order: dict[str, Any]) -> tuple[str, Any]:

@@ -198,7 +198,7 @@ def _sections(
     )
     return [
         Section("Results per optimizer", [tables.condition_table(recovery, summary), intervals]),
-        Section("Summary of all cases", [_overview_block(recovery, n)]),
+        *([] if brief else [Section("Summary of all cases", [_overview_block(recovery, n)])]),
         Section("Around the hit", _after_blocks(recovery, n, brief)),
         *([] if brief else [Section("Single cases in full", _comparison_blocks(recovery, results))]),
         Section("Head to head", [tables.head_table(recovery)]),
@@ -264,7 +264,7 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         else []
     )
     if is_brief(results):
-        notes.append("size=quick draws three of the figures, as PNG only; run the default size for all of them.")
+        notes.append("size=quick draws two of the figures, as PNG only; run the default size for all of them.")
     caption = (
         f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All "
         "pairs of optimizers were planned; nothing else is tested."

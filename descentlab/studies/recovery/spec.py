@@ -71,7 +71,7 @@ STUDY = StudyDef(
         },
     },
     sizes={
-        "quick": {"cases": 3, "recovery_steps": 20, "fault": {"last_epoch": 0}},
+        "quick": {"cases": 3, "recovery_steps": 10, "observe": {"evaluate_every": 5}, "fault": {"last_epoch": 0}},
         "default": {},
         "full": {"cases": 40},
     },
