@@ -198,3 +198,9 @@ def test_a_crashed_block_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
         sys.path.remove(str(tmp_path))
     assert "ended by signal 9" in capsys.readouterr().err
     assert store.status(tmp_path / "out").counts() == {"done": 4, "failed": 4}
+
+
+def test_a_reader_that_stops_early_is_no_error(results: store.Results) -> None:
+    command = f"{sys.executable} -m descentlab.cli table {results.path} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("run,") and done.stderr == ""

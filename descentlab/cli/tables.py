@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def write(directory: Path, format_: str | None, out: Path | None) -> None:
     frame = store.load(directory).frame
     if out is None:
         stream = sys.stdout.buffer
-        frame.write_csv(stream) if format_ == "csv" else frame.write_parquet(stream)
+        buffer = io.BytesIO()  # written by Python, so that a reader that stops early is no error of polars'
+        frame.write_csv(buffer) if format_ == "csv" else frame.write_parquet(buffer)
+        stream.write(buffer.getvalue())
         stream.flush()
         return
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")  # renamed into place: never half a table

@@ -133,6 +133,7 @@ def _plan_group(cells: dict[int, Any], runs: Sequence[Run], site: Site) -> dict[
             case = int(run.labels.get("case", run.replicate))
             fault = plan_fault(cell, case, run.replicate, site)
             if fault is not None and hasattr(cell, "timeline"):
+                _check_in_time(cell, fault, cell.steps)
                 ticks = cell.timeline.build().ticks(cell.workers, cell.steps, site.streams, run.replicate)
                 fault = place(fault, ticks)
             if fault is not None:
@@ -146,10 +147,15 @@ def _run_plan(program: Program, cell: Any, run: Run, planned: dict[tuple[int, in
     faults = (own,) if own is not None else tuple(p for i, p in enumerate(shadows) if p not in shadows[:i])
     stop, anchor = program.horizon(cell, faults)
     perturbed = run.role == "fault"
-    if perturbed and own is not None and own.step >= stop:
-        expected = f"epochs within training: a fault at step {own.step} never fires in {stop} steps"
-        raise UserError("fault.last_epoch", getattr(cell.fault, "last_epoch", None), expected)
+    if perturbed and own is not None:
+        _check_in_time(cell, own, stop)
     return RunPlan(run.id, run.replicate, stop, float(cell.optimizer.lr), faults, perturbed, anchor)
+
+
+def _check_in_time(cell: Any, planned: Planned, stop: int) -> None:
+    if planned.step >= stop:
+        expected = f"epochs within training: a fault at step {planned.step} never fires in {stop} steps"
+        raise UserError("fault.last_epoch", getattr(cell.fault, "last_epoch", None), expected)
 
 
 def _pack(plans: Sequence[RunPlan], route: Route) -> list[list[RunPlan]]:
