@@ -4,15 +4,17 @@
 
 MLP-386 on mnist5k, batch 64, plain SGD, every member with its own initial weights and batches. descentlab: blocks of
 250 members, one process per core with one thread each, the engine and its parts built from a study's settings, drawing
-of batches included. Loop: ``train`` of examples/minimal_loop.py, one model after the other. JAX, when installed:
-``jit(vmap(scan))`` in one process, which uses all cores.
+of batches, gathering, gradients, optimizer and clocks included. Loop: ``train`` of examples/minimal_loop.py, one model
+after the other; the same included. JAX, when installed: ``jit(vmap(scan))`` over one epoch in one process,
+which uses all cores; gathering and updates included, drawing and compilation not.
 
 Ratios are time per member-step of the other over time per member-step of descentlab:
 
 - ``vs_loop``: the loop on one core; descentlab recording once an epoch (``observe.every=60``), no test set.
 - ``vs_loop_all_cores``: as many loops as there are cores.
 - ``vs_loop_observed``: as ``vs_loop``, with every standard observable of every member at every step.
-- ``vs_jax``: null without JAX.
+- ``vs_jax``: all members in one JAX process; null without JAX.
+- ``vs_jax_all_cores``: the members split over as many JAX processes as there are cores, each of which uses them all.
 """
 
 from __future__ import annotations
@@ -101,11 +103,14 @@ def loop(device: str) -> Callable[[int], int]:
     return advance
 
 
-def jax_ensemble(members: int) -> Callable[[int], int]:
-    """The same as one ``jit(vmap(scan))``; batches are drawn and gathered inside."""
+def jax_ensemble(replicates: list[int]) -> Callable[[int], int]:
+    """The same as one ``jit(vmap(scan))`` over an epoch; batches are drawn outside, from the streams of descentlab,
+    and passed in as indices. The drawing is not part of the time."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
+    from descentlab.core.streams import Streams
     from descentlab.launch.build import workload
 
     data = workload(cell(1, "cpu")).data
@@ -120,28 +125,23 @@ def jax_ensemble(members: int) -> Callable[[int], int]:
         value, grads = jax.value_and_grad(loss)(p, x[index], y[index])
         return tuple(a - LR * g for a, g in zip(p, grads, strict=True)), value
 
-    def epoch(p: Any, key: Any) -> Any:
-        order = jax.random.permutation(key, len(x))[: EPOCH * BATCH].reshape(EPOCH, BATCH)
-        return jax.lax.scan(step, p, order)
-
-    keys = jax.random.split(jax.random.key(0), members)
-    shapes = [(36, 8), (8,), (8, 10), (10,)]
+    shapes, members = [(36, 8), (8,), (8, 10), (10,)], len(replicates)
     params = tuple(0.1 * jax.random.normal(jax.random.key(i), (members, *s)) for i, s in enumerate(shapes))
-    compiled = jax.jit(jax.vmap(epoch))
-    held = {"params": params, "keys": keys}
+    compiled = jax.jit(jax.vmap(lambda p, order: jax.lax.scan(step, p, order)))
+    order = Streams(0).permutation("order", len(x), replicate=np.array(replicates))[:, : EPOCH * BATCH]
+    held = {"params": params, "order": jnp.asarray(order.astype(np.int32).reshape(members, EPOCH, BATCH))}
 
     def advance(updates: int) -> int:
         epochs = max(1, updates // EPOCH)
         for _ in range(epochs):
-            held["params"], losses = compiled(held["params"], held["keys"])
+            held["params"], losses = compiled(held["params"], held["order"])
             losses.block_until_ready()
-            held["keys"] = jax.vmap(lambda k: jax.random.split(k, 1)[0])(held["keys"])
         return epochs * EPOCH * members
 
     return advance
 
 
-def serve(link: Connection, blocks: list[range], device: str, with_jax: bool) -> None:
+def serve(link: Connection, blocks: list[range], device: str, with_jax: bool, all_members: int) -> None:
     """A worker process: builds its contestants, warms them up, then runs what it is told and says what it did."""
     import torch
 
@@ -152,7 +152,9 @@ def serve(link: Connection, blocks: list[range], device: str, with_jax: bool) ->
         "loop": loop(device),
     }
     if with_jax:
-        contestants["jax"] = jax_ensemble(sum(len(block) for block in blocks))
+        contestants["jax_split"] = jax_ensemble([r for block in blocks for r in block])
+        if all_members:
+            contestants["jax"] = jax_ensemble(list(range(all_members)))
     for advance in contestants.values():
         advance(WARM_UP)
     link.send("ready")
@@ -190,7 +192,8 @@ def contest(arguments: argparse.Namespace, with_jax: bool) -> tuple[dict[str, li
     links, workers = [], []
     for i in range(count):
         ours, theirs = context.Pipe()
-        worker = context.Process(target=serve, args=(theirs, blocks[i::count], arguments.device, with_jax and i == 0))
+        everyone = arguments.members if i == 0 else 0
+        worker = context.Process(target=serve, args=(theirs, blocks[i::count], arguments.device, with_jax, everyone))
         worker.start()
         theirs.close()
         links.append(ours)
@@ -205,6 +208,7 @@ def contest(arguments: argparse.Namespace, with_jax: bool) -> tuple[dict[str, li
     }
     if with_jax:
         contestants["jax"] = lambda: measure(links[:1], "jax", EPOCH)
+        contestants["jax_split"] = lambda: measure(links, "jax_split", EPOCH)
     measured = alternate(contestants, 3 if arguments.quick else 9)
     for link, worker in zip(links, workers, strict=True):
         link.send(None)
@@ -229,6 +233,7 @@ def main() -> None:
         "vs_loop_all_cores": median_ratio(measured["loop_all_cores"], ours),
         "vs_loop_observed": median_ratio(measured["loop"], measured["descentlab_observed"]),
         "vs_jax": median_ratio(measured["jax"], ours) if with_jax else None,
+        "vs_jax_all_cores": median_ratio(measured["jax_split"], ours) if with_jax else None,
     }
     emit(
         "ensemble",

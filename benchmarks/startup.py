@@ -1,4 +1,4 @@
-"""``python benchmarks/startup.py [--quick]``: how long ``descentlab --help`` takes, against importing typer and pydantic.
+"""``python benchmarks/startup.py [--quick]``: ``descentlab --help`` against importing typer and pydantic, in seconds.
 
 ``startup``: median over repeats of (``descentlab --help``) / (``python -c "import typer, pydantic"``), both in fresh
 processes, in turns.

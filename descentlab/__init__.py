@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .observe.curvature import hessian as hessian
+    from .observe.curvature import top_k as top_k
+    from .perturb.inject import inject as inject
     from .store.results import Results
     from .store.results import load as load
 
 __version__ = "0.1.0"
 
-_HOME = {"load": "store.results"}  # public name -> module, imported on first use
-__all__ = ["__version__", "load", "run"]
+_HOME = {  # public name -> module, imported on first use
+    "hessian": "observe.curvature",
+    "inject": "perturb.inject",
+    "load": "store.results",
+    "top_k": "observe.curvature",
+}
+__all__ = ["__version__", "hessian", "inject", "load", "run", "top_k"]
 
 
 def run(
@@ -32,7 +40,7 @@ def run(
     from .launch import api
     from .store.results import load
 
-    resolved = resolve(study, settings)
+    resolved = resolve(study, settings, limit=None)
     name = Path(study).stem if Path(study).is_file() else resolved.study.name
     target = Path("out") / name if out is None else Path(out)
     api.run(resolved, target, yes=True, launcher=launcher, overwrite=overwrite)

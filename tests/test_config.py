@@ -301,9 +301,10 @@ def test_ids_are_the_same_in_every_process() -> None:
 
 # What a mistake says ------------------------------------------------------------------------------------------------
 
+OPTIMIZERS = "adadelta, adagrad, adam, adamw, amsgrad, nadam, rmsprop, sgd"
 MISTAKES = [
     ("recovry", [], "study = 'recovry': expected one of recovery, crossed, a YAML file or module:Name"),
-    ("recovery", ["optimizer=adma"], "optimizer = 'adma': expected one of adam, adamw, rmsprop, sgd or module:Name."),
+    ("recovery", ["optimizer=adma"], f"optimizer = 'adma': expected one of {OPTIMIZERS} or module:Name."),
     ("recovery", ["optimizer=adma"], "did you mean 'adam'?"),
     ("recovery", ["optimiser.lr=0.1"], "optimiser.lr = 0.1: expected a setting of the study."),
     ("recovery", ["optimiser.lr=0.1"], "did you mean 'optimizer.lr'?"),
@@ -332,12 +333,12 @@ MISTAKES = [
     ("recovery", ["model.channels=[1,2]"], "model.channels = [1, 2]: expected at least 3 items, not 2"),
     ("recovery", ["optimizer=adam", "optimizer.betas=[0.9]"], "optimizer.betas = [0.9]: expected a longer list"),
     ("recovery", ["optimizer=[adam,sgd]"], "to compare several, write adam,sgd without brackets"),
-    ("recovery", ["optimizer=null"], "optimizer = None: expected a name (adam, adamw, rmsprop, sgd)"),
-    ("recovery", ["optimizer={name: 3}"], "expected a name (adam, adamw, rmsprop, sgd) or a block"),
+    ("recovery", ["optimizer=null"], f"optimizer = None: expected a name ({OPTIMIZERS})"),
+    ("recovery", ["optimizer={name: 3}"], f"expected a name ({OPTIMIZERS}) or a block"),
     ("recovery", ["optimizer.name=adam"], "to choose an option write optimizer=adam"),
     ("recovery", ["optimizer.momentum=0.5"], "a setting of every option in the grid; 'adam' has lr, betas,"),
     ("recovery", ["optimizer.momentum=0.5,0.9"], "a setting of every option in the grid; 'adam' has lr, betas,"),
-    ("recovery", ["observe=5"], "observe = 5: expected a block of settings (every, evaluate_every, hit_artifacts)"),
+    ("recovery", ["observe=5"], "observe = 5: expected a block of settings (every, evaluate_every, extra"),
     ("recovery", ["seed.x=1"], "seed.x = 1: expected no key below seed, which is a single value"),
     ("recovery", ["cases=3,5"], "cases = [3, 5]: expected one value: it says how much or where to run"),
     (
@@ -406,7 +407,8 @@ def test_the_nearest_name_ignores_case() -> None:
 def test_effective_settings_mark_what_the_study_has_by_default() -> None:
     assert all(row.is_default for row in resolve("recovery").effective())
     changed = {r.key for r in resolve("recovery", ["size=quick", "optimizer.lr=1,2"]).effective() if not r.is_default}
-    assert changed == {"size", "cases", "recovery_steps", "fault.last_epoch", "optimizer.lr"}
+    quick = {"cases", "recovery_steps", "fault.last_epoch", "observe.evaluate_every"}
+    assert changed == {"size", "optimizer.lr", *quick}
     rows = {row.key: row for row in resolve("recovery", ["optimizer=adam"]).effective()}
     assert (rows["optimizer"].is_default, rows["optimizer.lr"].is_default) == (False, True)  # adam's lr in this study
     key, value, default = rows["batch_size"]

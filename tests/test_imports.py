@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "studies/*/program.py": (*STUDIES, *ROOMS),  # named as a string by the study's spec, imported by launch
     "testing": ("core", "config", "launch", "analysis", "report", *ROOMS),
     "cli": ("core", "config", "store", "studies", "launch", "report"),
-    "": ("config", "launch", "store"),  # descentlab/__init__.py: the flat namespace, lazy
+    "": ("config", "launch", "store", "observe", "perturb"),  # descentlab/__init__.py: the flat namespace, lazy
 }
 # At module level only these, the rest inside commands; its helpers are imported by commands only.
 INSIDE_FUNCTIONS = {"cli/main.py": ("core",), "cli/__init__.py": (), "__init__.py": ()}

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from descentlab.core.opmode import OpMode, Ops, ReplaceElements, Site, trace
 from descentlab.perturb.forward import channels_last_to_logical
-from descentlab.workloads.cnn import SmallCNN
+from descentlab.workloads.models.cnn import SmallCNN
 
 
 class Mixed(nn.Module):

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from descentlab.config.resolve import resolve
+from descentlab.core.errors import UserError
 from descentlab.core.state import State
 from descentlab.optim.member_check import linear_in_lr, mixes_members
-from descentlab.optim.schedules import linear
-from descentlab.optim.specs import Adam, AdamW, RmsProp, Sgd
+from descentlab.optim.specs import OPTIMIZERS
 from descentlab.optim.stacked import Rule, StackedOptimizer
 
 M = 4
 SHAPES = {"matrix": (4, 3), "vector": (3,), "scalar": ()}
+# every shipped option with the class and the arguments that torch knows it by
+SHIPPED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.01}),  # torch's own default for lr has moved between versions
+    "adam": (torch.optim.Adam, {}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "adamw": (torch.optim.AdamW, {}),
+    "nadam": (torch.optim.NAdam, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "adadelta": (torch.optim.Adadelta, {}),
+}
 RULES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
-    (torch.optim.SGD, {"lr": 0.01}),
+    *((cls, {"lr": 0.01, **settings}) for cls, settings in SHIPPED.values()),
     (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "dampening": 0.1, "weight_decay": 1e-3}),
     (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
-    (torch.optim.Adam, {"lr": 0.01}),
-    (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
-    (torch.optim.AdamW, {"lr": 0.01}),
+    (torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 1e-2}),
+    (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
     (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.9, "momentum": 0.5}),
-    (torch.optim.NAdam, {"lr": 0.01}),
+    (torch.optim.NAdam, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "momentum_decay": 1e-2}),
     (torch.optim.RAdam, {"lr": 0.01}),
-    (torch.optim.Adagrad, {"lr": 0.01}),
-    (torch.optim.Adadelta, {"lr": 1.0}),
+    (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 1e-2, "initial_accumulator_value": 0.5, "weight_decay": 1e-3}),
+    (torch.optim.Adadelta, {"lr": 0.5, "rho": 0.8, "weight_decay": 1e-3}),
 ]
 
 
@@ -86,7 +102,7 @@ def largest_difference(cls: type, settings: dict[str, Any], rates: list[float], 
 @pytest.mark.parametrize(("cls", "settings"), RULES, ids=lambda v: getattr(v, "__name__", ""))
 def test_parity_with_single_models(cls: type, settings: dict[str, Any]) -> None:
     assert not StackedOptimizer(Rule(cls, settings)).separate
-    assert largest_difference(cls, settings, [settings["lr"]] * M) <= 1e-12
+    assert largest_difference(cls, settings, [settings["lr"]] * M, steps=40) <= 1e-12
     assert largest_difference(cls, settings, [settings["lr"] * f for f in (0.1, 0.5, 1.0, 0.7)]) <= 1e-12
 
 
@@ -160,20 +176,87 @@ def test_a_rule_that_is_not_linear_in_its_rate_is_noticed() -> None:
     assert largest_difference(Squared, {"lr": 0.1}, [0.1, 0.2, 0.3, 0.4]) <= 1e-12
 
 
-def test_specs_build_what_torch_would() -> None:
-    for spec, cls in ((Sgd(), "SGD"), (Adam(), "Adam"), (AdamW(), "AdamW"), (RmsProp(), "RMSprop")):
-        rule = spec.build()
-        made = rule.make([torch.zeros(2, requires_grad=True)], rule.lr)
-        usual = getattr(torch.optim, cls)([torch.zeros(2, requires_grad=True)], lr=rule.lr)
-        shown = {k: v for k, v in made.param_groups[0].items() if k != "params"}
-        assert shown == {k: v for k, v in usual.param_groups[0].items() if k != "params"}
+def test_every_shipped_optimizer_is_in_the_table() -> None:
+    assert set(SHIPPED) == set(OPTIMIZERS.names())
 
 
-def test_linear_decay() -> None:
-    rate = linear(1e-4, 5000)
-    assert rate(1e-3, 0) == 1e-3
-    assert rate(1e-3, 2500) == pytest.approx(5.5e-4)
-    assert rate(1e-3, 5000) == rate(1e-3, 9000) == pytest.approx(1e-4)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_an_option_holds_torchs_defaults_and_builds_torchs_class(name: str) -> None:
+    cls, extra = SHIPPED[name]
+    rule = OPTIMIZERS.parse(name).build()
+    made = rule.make([torch.zeros(2, requires_grad=True)], rule.lr)
+    usual = cls([torch.zeros(2, requires_grad=True)], **extra)
+    assert type(made) is cls
+    assert {k: v for k, v in made.param_groups[0].items() if k != "params"} == {
+        k: v for k, v in usual.param_groups[0].items() if k != "params"
+    }
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ({"name": "sgd", "nesterov": True}, "nesterov = True: expected false, or a momentum above 0"),
+        ({"name": "sgd", "nesterov": True, "momentum": 0.9, "dampening": 0.1}, "with dampening 0"),
+        ({"name": "adam", "betas": [0.9, 1.0]}, "betas.1"),
+        ({"name": "adadelta", "rho": 1.5}, "rho"),
+        ({"name": "zoo:Lion"}, "expected the zoo extra: pip install 'descentlab[zoo]'"),
+    ],
+)
+def test_settings_no_optimizer_takes_are_refused_before_torch_sees_them(block: dict[str, Any], says: str) -> None:
+    if block["name"].startswith("zoo:") and importlib.util.find_spec("pytorch_optimizer"):
+        pytest.skip("the zoo extra is installed")
+    with pytest.raises(ValidationError, match=re.escape(says)):
+        OPTIMIZERS.parse(block)
+
+
+def test_nesterov_without_momentum_is_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve("crossed", ["optimizer={name: sgd, nesterov: true}"])
+    expected = "optimizer.nesterov = True: expected false, or a momentum above 0 with dampening 0"
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(("name", "near"), [("nadm", "nadam"), ("AdaGrad", "adagrad"), ("amsgard", "amsgrad")])
+def test_an_unknown_name_is_an_error_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{near}'"):
+        OPTIMIZERS.parse(name)
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in with the one thing we ask of pytorch_optimizer: its classes at package level."""
+    (tmp_path / "pytorch_optimizer").mkdir()
+    text = "import torch\nfrom torch.optim import Optimizer\n\nclass Plain(torch.optim.SGD):\n    pass\n"
+    (tmp_path / "pytorch_optimizer" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pytorch_optimizer", raising=False)
+    yield
+    sys.modules.pop("pytorch_optimizer", None)
+
+
+@pytest.mark.usefixtures("zoo")
+def test_names_from_the_zoo() -> None:
+    rule = OPTIMIZERS.parse({"name": "zoo:plain", "lr": 0.5, "options": {"momentum": 0.5}}).build()
+    assert (rule.cls.__name__, rule.settings) == ("Plain", {"lr": 0.5, "momentum": 0.5})
+    assert largest_difference(rule.cls, dict(rule.settings), [0.5] * M, steps=20) <= 1e-12
+    with pytest.raises(UserError, match=r"zoo:plein'.*did you mean 'Plain'"):
+        OPTIMIZERS.parse("zoo:plein").build()
+    with pytest.raises(UserError, match="zoo:Optimizer"):
+        OPTIMIZERS.parse("zoo:Optimizer").build()
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ({"name": "math:sqrt"}, "expected a subclass of torch.optim.Optimizer"),
+        ({"name": "torch.optim:Rprop", "options": {"etaz": 1}}, "optimizer.options = {'etaz': 1}"),
+        ({"name": "torch.optim:Nothing"}, "expected a name defined in module 'torch.optim'"),
+        ({"name": "no_such_module:X"}, "expected an importable module"),
+    ],
+)
+def test_a_class_that_is_no_optimizer_is_one_line(block: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        OPTIMIZERS.parse(block).build()
 
 
 def test_an_update_does_not_load_the_compiler() -> None:

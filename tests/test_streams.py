@@ -72,6 +72,24 @@ def test_batches_do_not_depend_on_who_asked_before(kind: type) -> None:
     assert (used.indices(*ask) == fresh).all()
 
 
+def test_members_of_one_replicate_may_stand_in_different_epochs() -> None:
+    """Broken on purpose: holding one epoch per replicate and worker."""
+    sampler, positions = Shuffled(96, 32, Streams(0)), np.array([1, 4, 7])
+    for _ in range(3):
+        together = sampler.indices(np.zeros(3, dtype=int), np.zeros(3, dtype=int), positions)
+        for row, p in zip(together, positions, strict=True):
+            order = Streams(0).permutation("order", 96, replicate=0, step=int(p) // 3)
+            assert (row == order[32 * (p % 3) : 32 * (p % 3) + 32]).all()
+
+
+@pytest.mark.parametrize("n", [5, 2048, 3000])
+def test_a_permutation_sorts_the_uniform_draws(n: int) -> None:
+    """Also above 2,048, where a key and a position no longer fit one 64-bit word."""
+    many = np.arange(20)
+    keys = Streams(1).uniform("p", n, replicate=many)
+    assert (Streams(1).permutation("p", n, replicate=many) == np.argsort(keys, axis=-1, kind="stable")).all()
+
+
 def test_nothing_touches_the_global_generators() -> None:
     torch.manual_seed(5)
     np.random.seed(5)

@@ -27,6 +27,9 @@ class Commands(TyperGroup):
             code = _fail(str(error), USER_MISTAKE)
         except StudyError as error:
             code = _fail(str(error), FAILED)
+        except BrokenPipeError:  # `descentlab table DIR | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
         except KeyboardInterrupt:
             resume = ctx.invoked_subcommand in RESUMABLE
             again = f"; to resume: {shlex.join(['descentlab', *sys.argv[1:]])}" if resume else ""
@@ -39,14 +42,27 @@ app = typer.Typer(
     cls=Commands,
     help="What does an optimizer do when training is not ideal?",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion="_DESCENTLAB_COMPLETE" in os.environ,  # set by the shell that asks; no options for it in the help
     rich_markup_mode=None,  # plain help: starts faster and looks the same in a file
     pretty_exceptions_enable=False,
 )
 
 Study = Annotated[str, typer.Argument(metavar="STUDY", help="a study's name, its YAML file, or module:Name")]
+
+
+def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    from ..config.complete import completions
+
+    return completions(ctx.params.get("study") or "", ctx.params.get("settings") or [], incomplete)
+
+
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value", help="optimizer.lr=1e-3 edits, optimizer=adam,sgd widens")
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value",
+        help="optimizer.lr=1e-3 edits, optimizer=adam,sgd widens",
+        autocompletion=_complete,
+    ),
 ]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="a directory that run has made")]
 Launcher = Literal["local", "pool"]
@@ -90,10 +106,10 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete earlier results in --out first.")] = False,
 ) -> None:
     """Run a study, or what is missing of it."""
-    from ..config.resolve import resolve
+    from ..config.resolve import LIMIT, resolve
     from . import show
 
-    resolved = resolve(study, settings or [])
+    resolved = resolve(study, settings or [], limit=None if yes else LIMIT)
     show.settings(resolved)
     show.notes(resolved)
     if dry_run:
@@ -142,6 +158,16 @@ def list_(
     from . import show as printer
 
     printer.choices(kind)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="datasets, as list datasets has them")],
+) -> None:
+    """Download datasets, or check the files that are there."""
+    from . import fetch as fetcher
+
+    fetcher.fetch(names)
 
 
 @app.command()

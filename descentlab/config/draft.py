@@ -17,9 +17,8 @@ from ..core.errors import UserError, closest
 from ..core.specs import Option, Registry, Spec
 from . import schema
 from .explain import option_name, settings_text
+from .grid import Axis, Path
 from .yaml12 import inline
-
-Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Op:
     path: Path
     values: tuple[Any, ...]
     axis: bool = False
+    group: str = ""  # axes of one group vary together
 
     @property
     def key(self) -> str:
@@ -51,22 +51,16 @@ def ops_of(layer: Mapping[str, Any], at: Path = ()) -> list[Op]:
     return out
 
 
-def grid_ops(grid: Any) -> list[Op]:
-    """The operations of a ``grid:`` block (key path -> list of values)."""
-    if not isinstance(grid, Mapping):
-        raise UserError("grid", grid, "a block of key path: [values]")
-    out = []
-    for key, values in grid.items():
-        if not isinstance(values, (list, tuple)) or not values:
-            raise UserError(f"grid.{key}", values, "a list of at least one value")
-        out.append(Op(tuple(str(key).split(".")), tuple(schema.plain(values)), axis=True))
-    return out
+def axis_ops(axes: Iterable[Axis]) -> list[Op]:
+    """The operations of one sub-grid."""
+    return [Op(tuple(a.key.split(".")), tuple(schema.plain(a.values)), axis=True, group=a.group) for a in axes]
 
 
 class Draft:
     """Settings of a study under construction.
 
-    ``base`` holds the nested values, ``axes`` the grid (key path -> values), ``notes`` what the user should know.
+    ``base`` holds the nested values, ``axes`` the grid (key path -> values), ``groups`` which axes vary together (key
+    path -> group), ``notes`` what the user should know.
     ``options[key path][name]`` are the defaults that an option has in this study.
     """
 
@@ -74,6 +68,8 @@ class Draft:
         self.spec, self.options = spec, options
         self.base: dict[str, Any] = {}
         self.axes: dict[Path, list[Any]] = {}
+        self.groups: dict[Path, str] = {}
+        self._layers = 0
         self.notes: list[str] = []
 
     def apply(self, ops: Iterable[Op], *, say: bool = False, reorder: bool = False) -> list[UserError]:
@@ -82,6 +78,7 @@ class Draft:
         ``say`` adds notes on what is dropped. ``reorder`` puts the layer's axes in its own order, after all others.
         """
         ops = list(ops)
+        self._layers += 1
         before = {op.path: self._blocks(op.path) for op in ops if self._registry(op.path)}
         dropped_axes: dict[Path, list[Path]] = {}
         errors: list[UserError] = []
@@ -108,12 +105,16 @@ class Draft:
         registry = schema.registry_of(field)
         values = [self.option(op.path, registry, v) if registry else _leaf(op, field, v) for v in op.values]
         inside = [axis for axis in self.axes if registry and _inside(axis, op.path)]
+        self.groups.pop(op.path, None)
         for axis in inside:
             del self.axes[axis]
+            self.groups.pop(axis, None)
         if op.axis:
             if schema.is_extent(field) or op.path == ("study",):
                 raise UserError(op.key, list(op.values), "one value: it says how much or where to run, not what")
-            self.axes[op.path] = self._distinct(op, values)
+            self.axes[op.path] = values if op.group else self._distinct(op, values)
+            if op.group:
+                self.groups[op.path] = f"{self._layers}:{op.group}"  # a group is one layer's
             _remove(self.base, op.path)
             return inside
         self.axes.pop(op.path, None)
@@ -152,6 +153,11 @@ class Draft:
         given = dict(value) if isinstance(value, Mapping) else {}
         defaults = schema.plain(self.options.get(".".join(path), {}).get(name, {}))
         return {"name": name, **defaults, **given}
+
+    def filled(self, path: Path, value: Any) -> Any:
+        """``value`` as it would be read back at ``path``: an option with the study's defaults for it."""
+        registry = self._registry(path)
+        return self.option(path, registry, value) if registry else value
 
     def _distinct(self, op: Op, values: Sequence[Any]) -> list[Any]:
         out: list[Any] = []

@@ -1,7 +1,8 @@
 """The grammar of the command line: ``key.path=value``.
 
 ``optimizer.lr=1e-3`` edits, ``optimizer.lr=1e-3,1e-2`` widens the grid, ``model.hidden=[16,8]`` is one list,
-``optimizer={name: adam, lr: 1e-3}`` one block. Values are YAML 1.2.
+``optimizer={name: adam, lr: 1e-3}`` one block, ``optimizer.lr=logspace(1e-4,1e-1,4)`` four values (also
+``linspace(…)`` and ``random(low,high,n,seed=0)``). Values are YAML 1.2.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import UserError, raise_all
+from .grid import COMPUTED, computed
 from .yaml12 import load
 
+_CALL = re.compile(rf"^\s*({'|'.join(COMPUTED)})\s*\((.*)\)\s*$", re.DOTALL)
 _KEY = re.compile(r"^[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*$")
 
 
@@ -71,10 +74,28 @@ def parse_override(argument: str) -> Override:
         raise UserError("argument", argument, "key.path=value, such as optimizer.lr=1e-3")
     if not _KEY.match(key):
         raise UserError("argument", argument, "a key path of words joined by dots before '='")
+    call = _CALL.match(text)
+    if call:
+        return Override(key, _computed(call[1], call[2], key), text.strip())
     parts = split_top(text)
     if any(not part.strip() for part in parts):
         raise UserError(key, text, "a value" + (" between commas" if len(parts) > 1 else "; write null for none"))
     return Override(key, tuple(load(part.strip(), key) for part in parts), text.strip())
+
+
+def _computed(kind: str, text: str, key: str) -> tuple[Any, ...]:
+    """The values of ``kind(text)``: arguments by position, then by name."""
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for part in split_top(text) if text.strip() else []:
+        name, equals, value = part.partition("=")
+        if equals and name.strip() not in named:
+            named[name.strip()] = load(value.strip(), key)
+        elif equals or named:
+            raise UserError(key, f"{kind}({text})", "arguments by position, then each name once")
+        else:
+            positional.append(load(part.strip(), key))
+    return computed(kind, positional, named, key, key)
 
 
 def parse_overrides(arguments: Iterable[str]) -> list[Override]:

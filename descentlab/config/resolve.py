@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from ..core.errors import UserError, nearest, raise_all
 from . import schema
-from .draft import Draft, Op, grid_ops, ops_of, takes
+from .draft import Draft, Op, axis_ops, ops_of, takes
 from .explain import bad_names, explain
-from .grid import LIMIT, product
+from .grid import LIMIT, alternatives, product, shared, too_many, written
 from .identity import cell_key, run_id
 from .overrides import Override, parse_overrides
 from .tree import Run, StudyDef, StudySpec
@@ -43,7 +43,8 @@ class Resolved:
     """A study with all its settings decided.
 
     ``document`` is what study.yaml gets: given back as a file, it resolves to the same run ids. ``cells`` are the
-    points of the grid in stable order, ``runs`` the study's plan for them, ``notes`` what the user should know.
+    points of the grid in stable order, ``runs`` the study's plan for them, ``notes`` what the user should know,
+    ``axes`` the values of each key path that the grid is over, in any of its sub-grids.
     """
 
     study: StudyDef
@@ -51,6 +52,7 @@ class Resolved:
     cells: list[StudySpec]
     runs: list[Run]
     notes: list[str] = field(default_factory=list)
+    axes: dict[str, list[Any]] = field(default_factory=dict)
 
     @cached_property
     def varying(self) -> list[str]:
@@ -75,7 +77,7 @@ class Resolved:
         return out
 
     def _table(self) -> dict[str, tuple[Any, bool]]:
-        axes = self.document.get("grid", {})
+        axes = self.axes
         common = {
             key: (values[0], False)
             for key, values in self._values().items()
@@ -85,11 +87,11 @@ class Resolved:
         return preset | common | {key: (values, True) for key, values in axes.items()}
 
 
-def resolve(study: str | Path, overrides: Sequence[str] = (), *, limit: int = LIMIT) -> Resolved:
+def resolve(study: str | Path, overrides: Sequence[str] = (), *, limit: int | None = LIMIT) -> Resolved:
     """Decide every setting of a study.
 
     ``study`` is a shipped name, ``module:Name`` or a YAML file with a ``study:`` key; ``overrides`` are ``key=value``
-    arguments; ``limit`` is the largest number of cells.
+    arguments; ``limit`` is the largest number of cells (None: any).
 
     Raises:
         UserError: for one mistake; UserErrors, one line each, for several.
@@ -117,65 +119,100 @@ def _open(study: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _resolve(
-    reference: str, definition: StudyDef, layer: dict[str, Any], given: Sequence[Override], limit: int
+    reference: str, definition: StudyDef, layer: dict[str, Any], given: Sequence[Override], limit: int | None
 ) -> Resolved:
-    draft, preset, size = _lay(definition, layer, given)
-    points = product(draft.axes, limit)
-    cells = _cells(draft, points, size, definition)
+    drafts, preset, size = _lay(definition, layer, given, limit)
+    points = [product(draft.axes, limit, draft.groups) for draft in drafts]
+    count = sum(len(sub_grid) for sub_grid in points)
+    if limit is not None and count > limit:
+        raise too_many(count, limit, f"it has {len(points)} sub-grids")
+    notes = list(dict.fromkeys(note for draft in drafts for note in draft.notes))
+    cells = _cells(drafts, points, size, definition)
     first: dict[str, StudySpec] = {}
     for cell in cells:
         first.setdefault(cell_key(cell), cell)
     keys, distinct = list(first), list(first.values())
     if len(distinct) < len(cells):
-        draft.notes.append(f"{len(cells) - len(distinct)} of {len(cells)} cells repeat another and are run once")
+        notes.append(f"{len(cells) - len(distinct)} of {len(cells)} cells repeat another and are run once")
     runs = [
         Run(run_id(keys[index], replicate, role, labels), index, replicate, role, labels)
         for index, replicate, role, labels in definition.plan(distinct)
     ]
     assert len({run.id for run in runs}) == len(runs), f"the plan of study {definition.name} repeats a run"
-    document = {"study": reference, "preset": preset, "size": size, **_ordered(definition.spec, draft.base)}
-    if draft.axes:
-        document["grid"] = {".".join(path): values for path, values in draft.axes.items()}
-    return Resolved(definition, document, distinct, runs, draft.notes)
+    base, grid, axes = _grid_of(drafts)
+    document = {"study": reference, "preset": preset, "size": size, **_ordered(definition.spec, base)}
+    if grid:
+        document["grid"] = grid
+    return Resolved(definition, document, distinct, runs, notes, axes)
 
 
-def _lay(definition: StudyDef, layer: dict[str, Any], given: Sequence[Override]) -> tuple[Draft, str, str]:
-    """Lay all layers over each other; returns the draft and the names of preset and size."""
+def _grid_of(drafts: Sequence[Draft]) -> tuple[dict[str, Any], Any, dict[str, list[Any]]]:
+    """The settings all sub-grids share, the grid to write down, and the values of each of its key paths."""
+    base, rest = shared([draft.base for draft in drafts])
+    grids = []
+    axes: dict[str, list[Any]] = {}
+    for draft, own in zip(drafts, rest, strict=True):
+        whole = draft.axes | {path: [draft.filled(path, value)] for path, value in own.items()}
+        grids.append(written(whole, draft.groups))
+        for path, values in whole.items():
+            known = axes.setdefault(".".join(path), [])
+            known += [v for i, v in enumerate(values) if v not in known and v not in values[:i]]
+    return base, grids[0] if len(grids) == 1 else grids, axes
+
+
+@dataclass
+class _Layer:
+    """One layer's settings outside its grid, and the operations of each of its sub-grids (one without lists)."""
+
+    settings: list[Op]
+    grids: list[list[Op]]
+
+    def ops(self, index: int) -> list[Op]:
+        return self.settings + self.grids[index if len(self.grids) > 1 else 0]
+
+
+def _lay(
+    definition: StudyDef, layer: dict[str, Any], given: Sequence[Override], limit: int | None
+) -> tuple[list[Draft], str, str]:
+    """Lay all layers over each other, once for each sub-grid; returns the drafts and the names of preset and size."""
     errors: list[UserError] = []
     meta = {o.key: o for o in given if o.path[0] in _META}
-    for key, override in meta.items():
-        if key not in ("preset", "size"):
-            errors.append(_meta_error(override))
+    errors += [_meta_error(override) for key, override in meta.items() if key not in ("preset", "size")]
     preset = _choice("preset", definition.presets, layer, meta, errors)
     size = _choice("size", definition.sizes, layer, meta, errors)
     chosen = definition.presets.get(preset, {})
-    draft = Draft(definition.spec, {**definition.options, **chosen.get("options", {})})
-    shipped = _layer_ops(chosen, errors), _layer_ops(definition.sizes.get(size, {}), errors)
-    for ops in shipped:
-        errors += draft.apply(ops)
-    own = _layer_ops(layer, errors)
-    twice = {op.key for op in own if op.axis} & {op.key for op in own if not op.axis}
-    errors += [UserError(key, "a value and a grid", "one of the two") for key in sorted(twice)]
-    errors += draft.apply(own, reorder=True)
+    options = {**definition.options, **chosen.get("options", {})}
+    layers = [_layer(source, errors) for source in (chosen, definition.sizes.get(size, {}), layer)]
+    several = [one for one in layers if len(one.grids) > 1]
+    for lower in several[:-1]:
+        lower.grids = [[]]  # sub-grids are one value: those of the highest layer that has any
+    own = layers[-1]
+    if own not in several:  # a sub-grid may set for itself what is set outside
+        twice = {op.key for op in own.grids[0]} & {op.key for op in own.settings}
+        errors += [UserError(key, "a value and a grid", "one of the two") for key in sorted(twice)]
     typed = [op for o in given if o.path[0] not in _META for op in _override_ops(o)]
     errors += _repeated(typed)
-    errors += draft.apply(typed, say=True)
-    for key, ops in zip(("preset", "size"), shipped, strict=True):
-        if key in meta:
-            draft.notes += _kept(meta[key], ops, own)
+    drafts = []
+    for index in range(len(several[-1].grids) if several else 1):
+        draft = Draft(definition.spec, options)
+        errors += [e for one in layers for e in draft.apply(one.ops(index), reorder=one is own)]
+        errors += draft.apply(typed, say=True)
+        for key, one in zip(("preset", "size"), layers, strict=False):
+            if key in meta:
+                draft.notes += _kept(meta[key], one.ops(index), own.ops(index))
+        drafts.append(draft)
     if errors:  # what is left may hold more of them: say all at once
-        raise_all([*errors, *_cell_errors(draft, size, definition)])
-    return draft, preset, size
+        raise_all([*errors, *(e for draft in drafts for e in _cell_errors(draft, size, definition, limit))])
+    return drafts, preset, size
 
 
-def _layer_ops(layer: Mapping[str, Any], errors: list[UserError]) -> list[Op]:
-    settings = {key: value for key, value in layer.items() if key not in (*_META, "options")}
-    ops = ops_of(settings)
+def _layer(layer: Mapping[str, Any], errors: list[UserError]) -> _Layer:
+    ops = ops_of({key: value for key, value in layer.items() if key not in (*_META, "options")})
     try:
-        return ops + grid_ops(layer.get("grid") or {})
+        return _Layer(ops, [axis_ops(axes) for axes in alternatives(layer.get("grid") or {})])
     except UserError as error:
         errors.append(error)
-        return ops
+        return _Layer(ops, [[]])
 
 
 def _override_ops(override: Override) -> list[Op]:
@@ -257,19 +294,23 @@ def _validated(document: dict[str, Any], definition: StudyDef) -> tuple[StudySpe
 
 
 def _cells(
-    draft: Draft, points: Iterable[Mapping[tuple[str, ...], Any]], size: str, definition: StudyDef
+    drafts: Sequence[Draft],
+    points: Sequence[Iterable[Mapping[tuple[str, ...], Any]]],
+    size: str,
+    definition: StudyDef,
 ) -> list[StudySpec]:
-    checked = [_validated(document, definition) for document in _documents(draft, points, size)]
+    documents = [d for draft, own in zip(drafts, points, strict=True) for d in _documents(draft, own, size)]
+    checked = [_validated(document, definition) for document in documents]
     raise_all(error for _, errors in checked for error in errors)
     return [cell for cell, _ in checked if cell is not None]
 
 
-def _cell_errors(draft: Draft, size: str, definition: StudyDef) -> list[UserError]:
+def _cell_errors(draft: Draft, size: str, definition: StudyDef, limit: int | None) -> list[UserError]:
     """Mistakes in the cells of a draft that already has some; a grid beyond the limit is not looked through."""
     try:
-        points = product(draft.axes)
+        points = product(draft.axes, LIMIT if limit is None else limit, draft.groups)
     except UserError as error:
-        return [error]
+        return [error] if limit is not None else []
     return [e for document in _documents(draft, points, size) for e in _validated(document, definition)[1]]
 
 
@@ -282,7 +323,7 @@ def _all_equal(values: Sequence[Any]) -> bool:
 
 
 def _default_table(definition: StudyDef) -> dict[str, tuple[Any, bool]]:
-    return _resolve(definition.name, definition, {}, [], LIMIT)._table()
+    return _resolve(definition.name, definition, {}, [], None)._table()
 
 
 def _option_defaults(definition: StudyDef, cells: Sequence[StudySpec]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from ..cluster.specs import TIMELINES
 from ..comm.specs import COMPRESSORS
 from ..core.errors import UserError, nearest
 from ..core.specs import Option, Registry
-from ..observe.specs import EVALUATED, PER_STEP, Observe
+from ..observe.specs import EVALUATED, EXTRA, PER_STEP, Observe
 from ..optim.specs import OPTIMIZERS, SCHEDULES
 from ..perturb.specs import FAULTS
 from ..workloads.specs import DATASETS, MODELS
@@ -59,6 +59,11 @@ def _entry(room: str, name: str, cls: type[Option]) -> Entry:
 def _observables() -> list[Entry]:
     schedule = Observe()
     every, evaluate = {"observe.every": schedule.every}, {"observe.evaluate_every": schedule.evaluate_every}
-    return [Entry("observe", name, text, every) for name, text in PER_STEP.items()] + [
-        Entry("observe", name, text, evaluate) for name, text in EVALUATED.items()
-    ]
+    return (
+        [Entry("observe", name, text, every) for name, text in PER_STEP.items()]
+        + [Entry("observe", name, text, evaluate) for name, text in EVALUATED.items()]
+        + [
+            Entry("observe.extra", name, f"with observe.extra=[{name}]: {text}", evaluate)
+            for name, (_, text) in EXTRA.items()
+        ]
+    )

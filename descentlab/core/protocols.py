@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,30 @@ class Batch:
 
     def take(self, members: Sequence[int]) -> Batch:
         return Batch(self.x[list(members)], self.y[list(members)])
+
+
+class Selection(Batch):
+    """A batch by the places of its samples in the training set: ``index`` ``[M, B]`` into ``source`` (x, y), gathered
+    when first looked at."""
+
+    def __init__(self, source: tuple[Tensor, Tensor], index: Tensor) -> None:
+        self.source, self.index = source, index
+
+    @cached_property
+    def x(self) -> Tensor:  # type: ignore[override]
+        return _rows(self.source[0], self.index)
+
+    @cached_property
+    def y(self) -> Tensor:  # type: ignore[override]
+        return _rows(self.source[1], self.index)
+
+    def take(self, members: Sequence[int]) -> Selection:
+        return Selection(self.source, self.index[list(members)])
+
+
+def _rows(t: Tensor, index: Tensor) -> Tensor:
+    """``t[index]`` for an ``index`` ``[M, B]`` (``index_select`` is the faster of the two)."""
+    return t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:])
 
 
 @dataclass
@@ -101,7 +126,11 @@ class Arm(Protocol):
 
 @dataclass
 class Measured:
-    """What an observable may look at after one update; fields it did not ask for in ``needs`` may be None."""
+    """What an observable may look at after one update; fields it did not ask for in ``needs`` may be None.
+
+    ``evaluate(x, y)``: mean loss and accuracy ``[M]`` in evaluation mode, on the test set where not given. ``test``:
+    that set, inputs and targets.
+    """
 
     state: State
     grads: Tree
@@ -109,12 +138,16 @@ class Measured:
     accuracy: Tensor
     lr: Tensor
     before: Tree | None
-    evaluate: Callable[[], tuple[Tensor, Tensor]] | None
+    evaluate: Callable[..., tuple[Tensor, Tensor]] | None
+    test: tuple[Tensor, Tensor] | None = None
 
 
 @runtime_checkable
 class Observable(Protocol):
-    """A measurement reduced as it is made: ``measure`` gives one number per member, by column name.
+    """A measurement reduced as it is made: ``measure`` gives one number (or a row) per member, by column name.
+
+    Rows ``[M, K]`` become the columns ``name_0`` to ``name_K-1``. Observables that need ``eval`` are measured when an
+    evaluation is due, the others with every recorded step.
 
     ``needs``: subset of {"loss", "grad", "update", "eval"}; the engine computes each need once for all observables.
     """

@@ -15,22 +15,28 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_CHUNK = 2**14  # elements of permutations drawn at once: a few rows, so that the work stays in the cache
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Ten rounds of Philox4x32 on ``counter`` ``[..., 4]`` (uint64 holding 32-bit words); uint32 ``[..., 4]``."""
-    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
+    words = _philox((counter[..., 0], counter[..., 1], counter[..., 2], counter[..., 3]), key)
+    return np.stack(words, axis=-1).astype(np.uint32)
+
+
+def _philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """The four words of the counter apart, uint64, in shapes that broadcast: what is the same for a whole row is
+    computed once in the first rounds."""
+    c0, c1, c2, c3 = (c.astype(np.uint64) for c in counter)
     k0, k1 = key
     for _ in range(10):
         p0, p1 = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (
-            (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            p1 & _LOW,
-            (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
-            p0 & _LOW,
-        )
+        c0 = (p1 >> _SHIFT) ^ (c1 ^ np.uint64(k0))
+        c2 = (p0 >> _SHIFT) ^ (c3 ^ np.uint64(k1))
+        c1 = p1 & _LOW
+        c3 = p0 & _LOW
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+    return c0, c1, c2, c3
 
 
 Index = int | np.ndarray
@@ -50,20 +56,27 @@ class Streams:
 
     def draw(self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0) -> np.ndarray:
         """``n`` words, uint32 ``[n]`` or ``[M, n]``."""
-        who, at, when = np.broadcast_arrays(*(np.asarray(a, dtype=np.uint64) for a in (replicate, worker, step)))
+        words = np.stack(self._words(purpose, n, replicate, worker, step), axis=-1).astype(np.uint32)
+        return words.reshape(*words.shape[:-2], -1)[..., :n]
+
+    def _words(self, purpose: str, n: int, *who: Index) -> tuple[np.ndarray, ...]:
+        """The first, second, third and fourth word of every block, uint64 ``[blocks]`` or ``[M, blocks]``."""
+        replicate, worker, step = np.broadcast_arrays(*(np.asarray(a, dtype=np.uint64) for a in who))
         blocks = np.arange((n + 3) // 4, dtype=np.uint64)
-        counter = np.empty((*who.shape, len(blocks), 4), dtype=np.uint64)
-        counter[..., 0] = blocks
-        counter[..., 1] = when[..., None]
-        counter[..., 2] = at[..., None]
-        counter[..., 3] = who[..., None]
-        words = philox4x32(counter, (self.seed, zlib.crc32(purpose.encode())))
-        return words.reshape(*who.shape, -1)[..., :n]
+        counter = (blocks, step[..., None], worker[..., None], replicate[..., None])
+        return _philox(counter, (self.seed, zlib.crc32(purpose.encode())))
+
+    def _doubles(self, purpose: str, n: int, *who: Index) -> np.ndarray:
+        """``n`` random 64-bit integers of two words each, uint64 ``[n]`` or ``[M, n]``."""
+        a, b, c, d = self._words(purpose, 2 * n, *who)
+        out = np.empty((*a.shape, 2), dtype=np.uint64)
+        np.bitwise_or(a << _SHIFT, b, out=out[..., 0])
+        np.bitwise_or(c << _SHIFT, d, out=out[..., 1])
+        return out.reshape(*a.shape[:-1], -1)[..., :n]
 
     def uniform(self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0) -> np.ndarray:
         """float64 in [0, 1) with 53 random bits, ``[n]`` or ``[M, n]``."""
-        words = self.draw(purpose, 2 * n, replicate=replicate, worker=worker, step=step).astype(np.uint64)
-        return ((words[..., 0::2] << _SHIFT | words[..., 1::2]) >> np.uint64(11)) * 2.0**-53
+        return (self._doubles(purpose, n, replicate, worker, step) >> np.uint64(11)) * 2.0**-53
 
     def integers(
         self, purpose: str, high: int, n: int = 1, *, replicate: Index, worker: Index = 0, step: Index = 0
@@ -78,12 +91,28 @@ class Streams:
 
     def permutation(self, purpose: str, n: int, *, replicate: Index, worker: Index = 0, step: Index = 0) -> np.ndarray:
         """A uniform permutation of ``range(n)``, int64 ``[n]`` or ``[M, n]`` (53-bit keys sorted, ties by position)."""
-        keys = self.uniform(purpose, n, replicate=replicate, worker=worker, step=step)
-        order = np.argsort(keys, axis=-1)  # several times faster than a stable sort, and the same unless keys are equal
-        ranked = np.take_along_axis(keys, order, axis=-1)
-        if (ranked[..., 1:] == ranked[..., :-1]).any():
-            return np.argsort(keys, axis=-1, kind="stable")
-        return order
+        who = np.broadcast_arrays(replicate, worker, step)
+        if who[0].ndim == 0:
+            return self._permutations(purpose, n, *who)
+        out = np.empty((len(who[0]), n), dtype=np.int64)
+        chunk = max(1, _CHUNK // max(1, n))
+        for first in range(0, len(out), chunk):
+            rows = slice(first, first + chunk)
+            out[rows] = self._permutations(purpose, n, *(w[rows] for w in who))
+        return out
+
+    def _permutations(self, purpose: str, n: int, *who: Index) -> np.ndarray:
+        """Keys and positions sorted as one integer: the position stands in the low bits, of which the key leaves
+        eleven. Where it needs more, the key loses its lowest bits; if that makes two of them equal, they are sorted
+        in full."""
+        keys = self._doubles(purpose, n, *who)
+        bits = np.uint64(max(11, (n - 1).bit_length()))
+        position = np.uint64((1 << int(bits)) - 1)
+        packed = (keys & ~position) | np.arange(n, dtype=np.uint64)
+        packed.sort(axis=-1)
+        if bits > 11 and ((packed[..., 1:] ^ packed[..., :-1]) <= position).any():
+            return np.argsort(keys >> np.uint64(11), axis=-1, kind="stable")
+        return np.bitwise_and(packed, position, out=packed).astype(np.int64)
 
     def torch_seed(self, purpose: str, *, replicate: int, worker: int = 0, step: int = 0) -> int:
         """A 63-bit seed for a library that insists on its own generator (torch's initialisers)."""

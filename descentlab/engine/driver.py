@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from ..core.opmode import OpRecord, Ops
-from ..core.protocols import Apply, Batch, Compressor, Grads, Hit, Mean, Measured, Observable, Perturbation, Work
+from ..core.protocols import (
+    Apply,
+    Batch,
+    Compressor,
+    Grads,
+    Hit,
+    Mean,
+    Measured,
+    Observable,
+    Perturbation,
+    Selection,
+    Work,
+)
 from ..core.state import State
 from ..core.streams import Streams
 from ..core.tree import Tree, cat, clone, stack, tree_map
@@ -107,8 +119,18 @@ class Engine(ABC):
         return State(state.server, worker, shared, state.clock)
 
     @property
-    def replicates(self) -> np.ndarray:
-        return np.array([slot.replicate for slot in self.slots], dtype=np.int64)
+    def slots(self) -> tuple[Slot, ...]:
+        """The members as they stand now."""
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: tuple[Slot, ...]) -> None:
+        self._slots = slots
+        self.replicates = np.array([slot.replicate for slot in slots], dtype=np.int64)
+        self._base_rates = [slot.lr for slot in slots]
+        self._by_schedule: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for m, slot in enumerate(slots):
+            self._by_schedule.setdefault(slot.schedule, []).append(m)
 
     @abstractmethod
     def round(self) -> Round:
@@ -159,9 +181,9 @@ class Engine(ABC):
         return Progress(self.step, len(self.slots), self.recorder, state)
 
     def _rates(self) -> Tensor:
-        steps = self.state.opt_step.tolist()
-        rates = [self.parts.schedule(slot.lr, step) for slot, step in zip(self.slots, steps, strict=True)]
-        return torch.tensor(rates, dtype=torch.float64)
+        asked = list(zip(self._base_rates, self.state.opt_step.tolist(), strict=True))
+        rates = {pair: self.parts.schedule(*pair) for pair in set(asked)}
+        return torch.tensor([rates[pair] for pair in asked], dtype=torch.float64)
 
     def _work(self, now: Round, k: int) -> Grads:
         """The k-th contribution of every member; members whose hit is due take the single-member route."""
@@ -169,8 +191,7 @@ class Engine(ABC):
         rows = torch.arange(len(self.slots))
         cursor = state.worker["cursor"][rows, torch.from_numpy(workers)].numpy()
         index = torch.from_numpy(self.parts.sampler.indices(self.replicates, workers, cursor))
-        x, y = self.parts.train
-        batch = Batch(_rows(x, index), _rows(y, index))
+        batch = Selection(self.parts.train, index.to(self.parts.train[0].device))
         buffers = state.buffers
         if "buffers" in state.worker:
             at = torch.from_numpy(workers)
@@ -318,8 +339,12 @@ class Engine(ABC):
         scheduled: dict[str, dict[int, float]] = {}
         if due:
             part = self.state.take(due)
-            x, y = self.parts.test
-            look = Measured(part, {}, m.loss, m.accuracy, m.lr, None, lambda: self.parts.evaluator.evaluate(part, x, y))
+
+            def evaluate(x: Tensor = self.parts.test[0], y: Tensor = self.parts.test[1]) -> tuple[Tensor, Tensor]:
+                return self.parts.evaluator.evaluate(part, x, y)
+
+            loss, accuracy, lr = (t[list(due)] for t in (m.loss, m.accuracy, m.lr))
+            look = Measured(part, {}, loss, accuracy, lr, None, evaluate, self.parts.test)
             for observable in self.parts.on_schedule:
                 for name, values in observable.measure(look).items():
                     scheduled[name] = dict(zip(due, values.tolist(), strict=True))
@@ -331,21 +356,14 @@ class Engine(ABC):
         self.recorder.rows(self.slots, row, scheduled)
 
     def _evaluations_due(self) -> list[int]:
-        """The members whose evaluation falls on this step; members with the same schedule are asked once."""
-        asked: dict[tuple[tuple[int, int], ...], bool] = {}
-        due = []
-        for m, slot in enumerate(self.slots):
-            if slot.schedule not in asked:
-                asked[slot.schedule] = any(self._evaluation_due(stop, anchor) for stop, anchor in slot.schedule)
-            if asked[slot.schedule]:
-                due.append(m)
-        return due
+        """The members whose evaluation falls on this step, in order."""
+        found = [
+            members
+            for schedule, members in self._by_schedule.items()
+            if any(self._evaluation_due(stop, anchor) for stop, anchor in schedule)
+        ]
+        return sorted(m for members in found for m in members)
 
     def _evaluation_due(self, stop: int, anchor: int) -> bool:
         every, step = self.parts.evaluate_every, self.step
         return step == stop - 1 or (every > 0 and (step - anchor) % every == 0)
-
-
-def _rows(t: Tensor, index: Tensor) -> Tensor:
-    """``t[index]`` for an ``index`` ``[M, B]`` (``index_select`` is the faster of the two)."""
-    return t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:])

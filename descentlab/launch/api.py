@@ -187,7 +187,7 @@ def report(path: Path) -> Path:
     results = load_results(path)
     if results.frame.is_empty():
         raise StudyError(f"{path} holds no finished step yet; run the study first")
-    module, _, name = resolve(Path(path) / "study.yaml").study.report.partition(":")
+    module, _, name = resolve(Path(path) / "study.yaml", limit=None).study.report.partition(":")
     made = getattr(importlib.import_module(module), name)(results)
     made.write(Path(path) / "report")
     for verdict in made.verdicts:
@@ -198,7 +198,7 @@ def report(path: Path) -> Path:
 def rerun(path: Path) -> int:
     """Run again what failed or was interrupted, with the settings of the directory."""
     directory = RunDirectory.open(path)
-    return run(resolve(directory.path / "study.yaml"), Path(path))
+    return run(resolve(directory.path / "study.yaml", limit=None), Path(path), yes=True)
 
 
 def estimate(resolved: Resolved) -> list[str]:

@@ -12,15 +12,19 @@ from torch import nn
 from ..config.tree import StudySpec
 from ..core.errors import UserError
 from ..core.opmode import OpRecord, trace
+from ..core.protocols import Work
 from ..core.streams import Streams
 from ..core.tree import Tree
+from ..engine.batched_mlp import BatchedMlp, plain_layers
 from ..engine.driver import Parts
 from ..engine.program import Route, choose_route
 from ..engine.work import MemberWork, VmapWork
+from ..observe.extra import load as load_observables
 from ..observe.training import STANDARD, TestSet
 from ..optim.stacked import StackedOptimizer
 from ..perturb.forward import ForwardFaultModel
 from ..workloads.base import Data, Workload
+from ..workloads.models.mlp import MLP
 from ..workloads.sampler import Shuffled
 
 
@@ -83,6 +87,7 @@ def workload(cell: StudySpec) -> Workload:
 
 def survey(cell: StudySpec) -> Site:
     """Trace one batch through the model: which operations a perturbation can reach."""
+    load_observables(cell.observe.extra)
     streams, work = Streams(cell.seed), workload(cell)
     sample = work.data.x_train[: cell.batch_size]
     module = _module(work, streams)
@@ -102,18 +107,27 @@ def _module(work: Workload, streams: Streams) -> nn.Module:
     return module
 
 
+def _vectorised(module: nn.Module, work: Workload) -> Work:
+    """The stated rule (docs/decisions/0004-plain-mlps.md): a plain MLP with a cross-entropy loss is written out,
+    everything else is vectorised by ``vmap``."""
+    chain = module.layers if type(module) is MLP else module if type(module) is nn.Sequential else None
+    layers = plain_layers(module, chain) if isinstance(chain, nn.Sequential) and work.data.classes else None
+    return BatchedMlp(layers) if layers else VmapWork(module, work)
+
+
 def build_parts(cell: StudySpec, route: Route) -> Parts:
     """Everything one block of this cell needs."""
     streams, work = Streams(cell.seed), workload(cell)
     module = _module(work, streams)
     single = MemberWork(module, work)
-    many = single if route == "member" else VmapWork(_module(work, streams), work)
+    many = single if route == "member" else _vectorised(_module(work, streams), work)
 
     def fresh(replicate: int) -> tuple[Tree, Tree]:
         made = work.module(streams, replicate)
         params = {k: p.detach() for k, p in made.named_parameters()}
         return params, dict(made.named_buffers())
 
+    extra = load_observables(cell.observe.extra)
     fault = getattr(cell, "fault", None)
     compressor = getattr(cell, "compressor", None)
     data = work.data
@@ -127,8 +141,8 @@ def build_parts(cell: StudySpec, route: Route) -> Parts:
         sampler=Shuffled(len(data.x_train), cell.batch_size, streams),
         streams=streams,
         schedule=cell.schedule.build(),
-        observables=[observable() for observable in STANDARD],
-        on_schedule=[TestSet()],
+        observables=[*(observable() for observable in STANDARD), *(o for o in extra if "eval" not in o.needs)],
+        on_schedule=[TestSet(), *(o for o in extra if "eval" in o.needs)],
         train=(data.x_train, data.y_train),
         test=(data.x_test, data.y_test),
         fresh=fresh,

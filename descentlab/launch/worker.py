@@ -89,7 +89,7 @@ def _prepare(order: dict[str, Any]) -> tuple[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             study = Path(folder) / "study.yaml"
             study.write_text(order["study"])
-            return "prepared", prepare(resolve(study), Path(order["out"]), order["overwrite"])
+            return "prepared", prepare(resolve(study, limit=None), Path(order["out"]), order["overwrite"])
     except StudyError as error:
         return "failed", str(error)
     except UserError as error:  # the user's, to be shown by the parent as if it had found it

@@ -12,6 +12,9 @@ class Observe(Spec):
 
     every: PositiveInt = Field(1, description="steps between rows of the per-step observables")
     evaluate_every: int = Field(10, ge=0, description="steps between evaluations on the test set")
+    extra: list[str] = Field(
+        default_factory=list, description="further observables: names from list observables, or module:Class"
+    )
     hit_artifacts: bool = extent(
         False, description="store weights, buffers and batch of every hit, so that it can be replayed elsewhere"
     )
@@ -29,6 +32,13 @@ PER_STEP = {
     "bn_var_max": "largest running variance of any BatchNorm layer after the update; null without BatchNorm",
     "nonfinite_grads": "number of NaN or infinite elements of the gradient",
     "nonfinite_params": "number of NaN or infinite weights after the update",
+}
+# Observables that ``observe.extra`` knows by name: where they are, and what they give.
+EXTRA = {
+    "per_class_accuracy": (
+        "descentlab.observe.training:PerClassAccuracy",
+        "accuracy on the test samples of each class, columns test_accuracy_class_0 and so on",
+    ),
 }
 EVALUATED = {
     "test_loss": "loss on the test set at the weights after the update, in nats",

@@ -70,6 +70,24 @@ class TestSet:
         return {"test_loss": loss, "test_accuracy": accuracy}
 
 
+class PerClassAccuracy:
+    """Accuracy on the test samples of each class, at the weights after the update; NaN for a class without samples."""
+
+    name, needs = "per_class_accuracy", frozenset({"eval"})
+
+    def measure(self, m: Measured) -> dict[str, Tensor]:
+        assert m.evaluate is not None and m.test is not None
+        x, y = m.test
+        if y.dim() != 1 or y.is_floating_point():
+            return {}
+        shares = []
+        for label in range(int(y.max()) + 1):
+            here = y == label
+            found = m.evaluate(x[here], y[here])[1] if bool(here.any()) else torch.full_like(m.loss, torch.nan)
+            shares.append(found.double())
+        return {"test_accuracy_class": torch.stack(shares, dim=1)}
+
+
 STANDARD = (BatchLoss, GradientNorm, UpdateNorm, LargestSlot, BatchNormVariance)
 
 

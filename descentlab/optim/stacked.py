@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from ..core.state import State
 from ..core.tree import Tree, clone
 from .eager import construct, step
@@ -30,7 +31,15 @@ SLOT_KINDS = {
     "sum": "accumulator",
     "acc_delta": "accumulator",
 }
-TORCH_CLASSES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+TORCH_CLASSES = {
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "nadam": "NAdam",
+    "rmsprop": "RMSprop",
+    "adagrad": "Adagrad",
+    "adadelta": "Adadelta",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,19 @@ class Rule:
 
 def torch_rule(name: str, settings: Mapping[str, Any]) -> Rule:
     return Rule(getattr(torch.optim, TORCH_CLASSES[name]), dict(settings))
+
+
+def external_rule(name: str, cls: Any, settings: Mapping[str, Any]) -> Rule:
+    """The rule of a third party's class; one that is no optimizer or refuses its settings is a UserError here."""
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise UserError("optimizer", name, "a subclass of torch.optim.Optimizer")
+    rule = Rule(cls, dict(settings))
+    try:
+        rule.make([torch.ones(2, 2, requires_grad=True)], rule.lr)
+    except (TypeError, ValueError, AssertionError) as error:
+        given = {k: v for k, v in settings.items() if k != "lr"}
+        raise UserError("optimizer.options", given, f"arguments that {name} takes ({error})") from None
+    return rule
 
 
 def scalar_slots(rule: Rule) -> frozenset[str]:

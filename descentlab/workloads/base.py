@@ -21,7 +21,9 @@ from ..core.streams import Streams
 class Data:
     """Arrays of one dataset, already split; the three parts never overlap.
 
-    ``x_*`` ``[n, …]`` in the study's dtype, ``y_*`` ``[n]`` class indices (``classes`` > 0) or ``[n, …]`` targets.
+    ``x_*``: ``[n, …]`` in the study's dtype, or int64 token ids ``[n, T]``. ``y_*``: class indices ``[n]``, or
+    ``[n, T]`` for a class per token (``classes`` > 0), or real targets ``[n, …]`` (``classes`` = 0).
+    ``vocabulary``: the symbol of every token id, empty where inputs are no text.
     """
 
     name: str
@@ -34,6 +36,35 @@ class Data:
     classes: int
     source: str
     licence: str
+    vocabulary: str = ""
+
+    @property
+    def n(self) -> tuple[int, int, int]:
+        """Numbers of training, validation and test samples."""
+        return len(self.x_train), len(self.x_validation), len(self.x_test)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.x_train.shape[1:])
+
+    def checked(self) -> Data:
+        """Itself.
+
+        Raises:
+            ValueError: for parts of different length or shape, no training samples, or class indices out of range.
+        """
+        for part in ("train", "validation", "test"):
+            x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
+            if len(x) != len(y):
+                raise ValueError(f"x_{part} has {len(x)} samples, y_{part} {len(y)}")
+            if tuple(x.shape[1:]) != self.shape or y.shape[1:] != self.y_train.shape[1:]:
+                raise ValueError(f"samples of the {part} part have another shape than those of the training part")
+            if self.classes and y.numel() and (int(y.min()) < 0 or int(y.max()) >= self.classes):
+                raise ValueError(f"y_{part} holds classes outside 0 to {self.classes - 1}")
+        if not self.n[0]:
+            raise ValueError("no training samples")
+        return self
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Data:
         """Floating-point parts in ``dtype``, everything on ``device``."""
@@ -77,6 +108,11 @@ def stratified_split(y: np.ndarray, sizes: tuple[int, int, int]) -> tuple[np.nda
     return ranked[:a], ranked[a : a + b], ranked[a + b : a + b + c]
 
 
+def _flat(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """``[…, classes]`` and ``[…]`` as ``[N, classes]`` and ``[N]``."""
+    return (output, y) if output.dim() == 2 else (output.flatten(0, -2), y.flatten())
+
+
 @dataclass(frozen=True)
 class ModelFactory:
     """Builds modules for a dataset. ``stem`` is a parameter-free, deterministic, per-sample first layer: it is applied
@@ -107,9 +143,13 @@ class Workload:
         return isolated_init(self.make, seed, self.dtype).to(self.device)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, or half the mean squared distance for targets that are no classes."""
+        """Mean cross-entropy in nats, or half the mean squared distance for targets that are no classes.
+
+        ``output`` ``[B, classes]`` with ``y`` ``[B]``, or ``[B, T, classes]`` with ``y`` ``[B, T]``: then the mean is
+        over all tokens.
+        """
         if self.data.classes:
-            return F.cross_entropy(output, y)
+            return F.cross_entropy(*_flat(output, y))
         return 0.5 * (output - y).square().flatten(1).sum(1).mean()
 
     def vectorised_loss(self, output: Tensor, y: Tensor) -> Tensor:
@@ -118,7 +158,7 @@ class Workload:
         mean_b (log sum_c exp z_bc - z_by), z = output - max_c output. ``vmap`` takes torch's own cross-entropy apart
         into steps that need more time than the whole rest of a small network; this form halves the time of a step.
         """
-        if not self.data.classes or output.dim() != 2:
+        if not self.data.classes:
             return self.loss(output, y)
         z = output - output.detach().amax(-1, keepdim=True)
         return (z.exp().sum(-1).log() - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()

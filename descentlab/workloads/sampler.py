@@ -13,7 +13,7 @@ class Shuffled:
     def __init__(self, n: int, batch_size: int, streams: Streams) -> None:
         self.n, self.batch_size, self.streams = n, batch_size, streams
         self.steps_per_epoch = n // batch_size
-        self._cache: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+        self._cache: dict[tuple[int, int, int], np.ndarray] = {}  # (replicate, worker, epoch) -> int32 [n]
         self._who = np.empty((0, 3), dtype=np.int64)  # replicate, worker, epoch of each member of the last call
         self._orders: np.ndarray | None = None  # their permutations [M, n], once the same members have come twice
 
@@ -24,23 +24,29 @@ class Shuffled:
         again = np.array_equal(who, self._who)
         if not again:
             self._who, self._orders = who, None
+            self._draw(who)
         elif self._orders is None:
-            self._orders = np.stack([self._order(*row) for row in who.tolist()])
+            self._draw(who)
+            self._orders = np.stack([self._cache[key] for key in map(tuple, who.tolist())])
         if self._orders is not None:
             columns = (batch * self.batch_size)[:, None] + np.arange(self.batch_size)
             return np.take_along_axis(self._orders, columns, axis=1).astype(np.int64)
         out = np.empty((len(replicates), self.batch_size), dtype=np.int64)
-        for m, (row, b) in enumerate(zip(who.tolist(), batch.tolist(), strict=True)):
-            out[m] = self._order(*row)[b * self.batch_size : (b + 1) * self.batch_size]
+        for m, (key, b) in enumerate(zip(map(tuple, who.tolist()), batch.tolist(), strict=True)):
+            out[m] = self._cache[key][b * self.batch_size : (b + 1) * self.batch_size]
         return out
 
-    def _order(self, replicate: int, worker: int, epoch: int) -> np.ndarray:
-        held = self._cache.get((replicate, worker))
-        if held is None or held[0] != epoch:
-            order = self.streams.permutation("order", self.n, replicate=replicate, worker=worker, step=epoch)
-            held = (epoch, order.astype(np.int32))
-            self._cache[replicate, worker] = held
-        return held[1]
+    def _draw(self, who: np.ndarray) -> None:
+        """Hold the order of every (replicate, worker, epoch); those that are missing are drawn together, and other
+        epochs of the same replicates and workers are dropped."""
+        asked = set(map(tuple, who.tolist()))
+        missing = sorted(asked - self._cache.keys())
+        if missing:
+            replicate, worker, step = np.array(missing).T
+            orders = self.streams.permutation("order", self.n, replicate=replicate, worker=worker, step=step)
+            pairs = {(r, w) for r, w, _ in missing}
+            self._cache = {k: v for k, v in self._cache.items() if k[:2] not in pairs or k in asked}
+            self._cache.update(zip(missing, orders.astype(np.int32), strict=True))
 
 
 class WithReplacement:

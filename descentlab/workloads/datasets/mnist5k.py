@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from .base import Data, stratified_split
+from ..base import Data, stratified_split
 
 SIZES = (3840, 160, 1000)
 

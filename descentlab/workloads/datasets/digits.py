@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .base import Data, stratified_split
+from ..base import Data, stratified_split
 
 SIZES = (1280, 157, 360)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.errors import UserError
-from .base import Data, ModelFactory
+from ..base import Data, ModelFactory
+from .fit import images
 
 
 class SmallCNN(nn.Module):
@@ -33,10 +33,6 @@ def factory(channels: tuple[int, ...], batch_norm: bool, pool: int) -> ModelFact
     """For images ``[n, C, H, W]``, averaged over ``pool`` x ``pool`` pixels first (1 = as they are)."""
 
     def build(data: Data) -> nn.Module:
-        if data.x_train.dim() != 4 or not data.classes:
-            raise UserError(
-                "model", "cnn", f"a model that fits dataset '{data.name}'; cnn classifies images [n, C, H, W]"
-            )
-        return SmallCNN(data.x_train.shape[1], channels, data.classes, batch_norm)
+        return SmallCNN(images("cnn", data)[0], channels, data.classes, batch_norm)
 
     return ModelFactory(build, (lambda x: F.avg_pool2d(x, pool) if x.dim() == 4 else x) if pool > 1 else None)

@@ -1,0 +1,66 @@
+"""Whether a command that a page shows could work, found out without running it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from descentlab.cli.main import app
+from descentlab.config import rooms
+from descentlab.config.resolve import resolve
+
+ROOT = Path(__file__).parent.parent
+THIRD_PARTY = ROOT / "examples" / "third_party"
+
+
+@contextmanager
+def beside_the_examples() -> Iterator[None]:
+    """``module:Name`` finds the third-party examples; other modules of the same names come back afterwards."""
+    names = [path.stem for path in THIRD_PARTY.glob("*.py")]
+    held = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(THIRD_PARTY))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(THIRD_PARTY))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(held)
+
+
+def bad_command(command: str) -> str | None:
+    """Why a command cannot work, without running it: the subcommand, the settings, the kind or the file is missing."""
+    program, *arguments = shlex.split(command) or [""]
+    if program in ("python", "pytest"):
+        files = [a for a in arguments if a.endswith(".py")]
+        absent = [file for file in files if not (ROOT / file).is_file()]
+        return f"no file {absent[0]}" if absent else None if files else "no file"
+    if program != "descentlab":
+        return f"'{program}' is no known program"
+    group = typer.main.get_command(app)
+    name, *rest = arguments or [""]
+    sub = group.commands.get(name)  # type: ignore[attr-defined]
+    if sub is None:
+        return f"descentlab has no command '{name}'"
+    options = {option: parameter for parameter in sub.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    plain: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            plain.append(word)
+        elif word not in options:
+            return f"descentlab {name} has no option {word}"
+        elif rest and not getattr(options[word], "is_flag", False):
+            rest.pop(0)
+    if not plain:
+        return f"descentlab {name} needs an argument"
+    if name in ("run", "show"):
+        resolve(plain[0], plain[1:])  # raises for a study or a setting that does not exist
+    elif name == "list":
+        rooms.entries(plain[0])
+    return None
