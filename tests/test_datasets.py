@@ -141,6 +141,7 @@ def test_idx_files_and_their_split(
         (gzip.compress(b"\1\0\x08\1"), "not an IDX file"),
         (gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 5, 1, 2])), "promises 5 bytes, 2 follow"),
     ],
+    ids=["no gzip", "cut short", "no header", "too few"],  # not the bytes: gzip writes the time into them
 )
 def test_a_damaged_idx_file_is_named(content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "x.gz").write_bytes(content)
