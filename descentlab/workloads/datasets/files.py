@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,9 @@ def _fetch(url: str, target: Path, checksum: str) -> None:
         if running.hexdigest() != expected:
             raise OSError(f"{algorithm} of what came is {running.hexdigest()}, expected {expected}")
         partial.replace(target)
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer such as 404 holds its connection
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
