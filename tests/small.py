@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from descentlab.core.protocols import Planned
-from descentlab.engine.driver import Engine, Parts
+from descentlab.engine.driver import Engine
+from descentlab.engine.parts import Parts
 from descentlab.engine.program import BlockPlan, Route, RunPlan
 from descentlab.launch.build import build_parts
 from descentlab.optim.specs import Sgd

@@ -16,8 +16,8 @@ from descentlab.core.opmode import Ops
 from descentlab.core.protocols import Batch
 from descentlab.core.state import State
 from descentlab.core.tree import Tree, leaves, stack
-from descentlab.engine.driver import Parts
 from descentlab.engine.lockstep import Lockstep
+from descentlab.engine.parts import Parts
 from descentlab.engine.program import BlockPlan, Route, RunPlan
 from descentlab.launch.build import build_parts, survey, workload
 from descentlab.optim.specs import Adam, Sgd

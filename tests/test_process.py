@@ -16,8 +16,8 @@ from small import builder, digits, finish, plan_of, quadratic
 from descentlab.cluster.timeline import RecordedTimeline
 from descentlab.core.errors import StudyError
 from descentlab.core.tree import leaves, member_norm
-from descentlab.engine.driver import Parts
 from descentlab.engine.lockstep import Lockstep
+from descentlab.engine.parts import Parts
 from descentlab.engine.process import ParameterServer, train
 from descentlab.engine.program import BlockPlan, RunPlan
 from descentlab.engine.transport import LocalProcesses

@@ -20,8 +20,9 @@ from descentlab.config.tree import StudySpec
 from descentlab.core.protocols import Measured
 from descentlab.core.specs import Option
 from descentlab.core.state import State
-from descentlab.engine.driver import Engine, Parts
+from descentlab.engine.driver import Engine
 from descentlab.engine.lockstep import Lockstep
+from descentlab.engine.parts import Parts
 from descentlab.engine.program import BlockPlan
 from descentlab.engine.recorder import Recorder
 from descentlab.engine.virtual import Virtual
@@ -240,9 +241,10 @@ class Forgetful(Lockstep):
 class Skips(Lockstep):
     """Does not record the first update."""
 
-    def _record(self, m: Measured, due: Any) -> None:
-        if self.step:
-            super()._record(m, due)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        record = self.measuring.record
+        self.measuring.record = lambda step, m, due: record(step, m, due) if step else None  # type: ignore[method-assign]
 
 
 def test_check_engine_notices() -> None:

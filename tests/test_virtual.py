@@ -29,8 +29,9 @@ from descentlab.core.protocols import Batch, Grads, Tick
 from descentlab.core.state import State
 from descentlab.core.streams import Streams
 from descentlab.core.tree import leaves
-from descentlab.engine.driver import Engine, Parts
+from descentlab.engine.driver import Engine
 from descentlab.engine.lockstep import Lockstep
+from descentlab.engine.parts import Parts
 from descentlab.engine.program import BlockPlan, RunPlan
 from descentlab.engine.virtual import Virtual
 from descentlab.launch.build import build_parts, workload

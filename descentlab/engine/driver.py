@@ -7,67 +7,23 @@ Engines differ in one thing, which versions of the weights the workers of an upd
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.opmode import OpRecord, Ops
-from ..core.protocols import (
-    Apply,
-    Batch,
-    Compressor,
-    Grads,
-    Hit,
-    Mean,
-    Measured,
-    Observable,
-    Perturbation,
-    Selection,
-    Work,
-)
+from ..core.opmode import Ops
+from ..core.protocols import Grads, Mean, Measured, Selection
 from ..core.state import State
-from ..core.streams import Streams
-from ..core.tree import Tree, cat, clone, stack, tree_map
+from ..core.tree import Tree, clone, stack, tree_map
+from .hits import Hits
+from .measuring import Measuring
+from .parts import Parts
 from .program import BlockPlan, Slot, parents
 from .recorder import Recorder
-
-
-class Sampler(Protocol):
-    """Which samples the ``positions``-th batch of a worker holds."""
-
-    batch_size: int
-    steps_per_epoch: int
-
-    def indices(self, replicates: np.ndarray, workers: np.ndarray, positions: np.ndarray) -> np.ndarray: ...
-
-
-@dataclass
-class Parts:
-    """Everything a block needs, built from its settings; the engine reaches every room through these protocols only."""
-
-    many: Work
-    single: Work
-    optimizer: Apply
-    compressor: Compressor
-    perturbation: Perturbation | None
-    sampler: Sampler
-    streams: Streams
-    schedule: Callable[[float, int], float]
-    observables: Sequence[Observable]
-    on_schedule: Sequence[Observable]
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    fresh: Callable[[int], tuple[Tree, Tree]]  # replicate -> (params, buffers) of one member, without the M axis
-    operations: Sequence[OpRecord] = ()
-    evaluator: Work = field(kw_only=True)
-    workers: int = 1
-    every: int = 1
-    evaluate_every: int = 10
-    hit_artifacts: bool = False
 
 
 @dataclass
@@ -100,11 +56,11 @@ class Engine(ABC):
     recorder: Recorder = field(default_factory=Recorder)
 
     def __post_init__(self) -> None:
+        self.hits = Hits(self.parts, self.recorder)
+        self.measuring = Measuring(self.parts, self.recorder)
         self.slots = self.plan.slots(max(self.step - 1, 0))  # as they were when the state was saved
         if self.state is None:
             self.state = self.initial_state()
-        needs: set[str] = set().union(*(o.needs for o in self.parts.observables))
-        self._keep_before = "update" in needs
 
     def initial_state(self) -> State:
         """Members in slot order, each initialised from its replicate's stream."""
@@ -128,9 +84,7 @@ class Engine(ABC):
         self._slots = slots
         self.replicates = np.array([slot.replicate for slot in slots], dtype=np.int64)
         self._base_rates = [slot.lr for slot in slots]
-        self._by_schedule: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for m, slot in enumerate(slots):
-            self._by_schedule.setdefault(slot.schedule, []).append(m)
+        self.measuring.bind(slots)
 
     @abstractmethod
     def round(self) -> Round:
@@ -164,9 +118,9 @@ class Engine(ABC):
     def _update(self) -> Progress:
         state, now = self.state, self.round()
         contributions = [self._work(now, k) for k in range(now.workers.shape[1])]
-        due = self._evaluations_due()
+        due = self.measuring.due(self.step)
         recording = bool(due) or self.step % self.parts.every == 0
-        before = clone(state.params) if self._keep_before and recording else None
+        before = clone(state.params) if self.measuring.needs_before and recording else None
         grads = self._exchange(now, [g.grads for g in contributions])
         lr = self._rates()
         self.parts.optimizer.apply(state, grads, lr)
@@ -176,7 +130,7 @@ class Engine(ABC):
         accuracy = torch.stack([g.accuracy for g in contributions]).mean(0)
         self._advance(now)
         if recording:
-            self._record(Measured(state, grads, loss, accuracy, lr, before, None), due)
+            self.measuring.record(self.step, Measured(state, grads, loss, accuracy, lr, before, None), due)
         self.step += 1
         return Progress(self.step, len(self.slots), self.recorder, state)
 
@@ -196,75 +150,12 @@ class Engine(ABC):
         if "buffers" in state.worker:
             at = torch.from_numpy(workers)
             buffers = tree_map(lambda b: b[rows, at], state.worker["buffers"])
-        view = State({**state.server, "params": self.view(now.versions[:, k]), "buffers": buffers})
+        view = State({**state.server, "params": self.view(now.versions[:, k]), "buffers": buffers}, clock=state.clock)
         masks = self._masks(workers, cursor)
-        hit = self.step in self.plan.planned_steps
-        due = [m for m, slot in enumerate(self.slots) if self._due(slot, int(workers[m]))] if hit else []
+        due = self.hits.due(self.slots, self.step, workers) if self.step in self.plan.planned_steps else []
         if not due:
             return self.parts.many.work(view, batch, Ops(masks=masks) if masks else None)
-        return self._work_split(view, batch, masks, due)
-
-    def _due(self, slot: Slot, worker: int) -> bool:
-        found = slot.planned_at(self.step)
-        return found is not None and found[0].worker == worker
-
-    def _work_split(self, view: State, batch: Batch, masks: dict, due: list[int]) -> Grads:
-        rest = [m for m in range(len(self.slots)) if m not in due]
-        groups = [[m] for m in due] + ([rest] if rest else [])
-        results = []
-        for members in groups:
-            work = self.parts.many if members is rest else self.parts.single
-            part = {k: mask[members] for k, mask in masks.items()}
-            ops = Ops(self._edits(members[0]) if members is not rest else {}, part)
-            needed = ops if ops.edits or ops.masks else None
-            part_view, part_batch = view.take(members), batch.take(members)
-            if members is not rest:
-                self._keep_scene(members[0], part_view, part_batch)
-            results.append(work.work(part_view, part_batch, needed))
-        order = torch.argsort(torch.tensor([m for members in groups for m in members]))
-        joined = Grads(
-            cat([g.grads for g in results]),
-            cat([g.buffers for g in results]),
-            torch.cat([g.loss for g in results]),
-            torch.cat([g.accuracy for g in results]),
-        )
-        pick = order.tolist()
-        return Grads(
-            tree_map(lambda t: t[pick], joined.grads),
-            tree_map(lambda t: t[pick], joined.buffers),
-            joined.loss[pick],
-            joined.accuracy[pick],
-        )
-
-    def _keep_scene(self, m: int, view: State, batch: Batch) -> None:
-        """What a replay of the hit of member ``m`` needs: weights and buffers before it, and the batch."""
-        found = self.slots[m].planned_at(self.step)
-        if self.parts.hit_artifacts and found is not None and found[1]:
-            tensors = {f"params/{k}": p for k, p in view.params.items()}
-            tensors |= {f"buffers/{k}": b for k, b in view.buffers.items()} | {"x": batch.x, "y": batch.y}
-            self.recorder.scene(self.slots[m], {name: t[0].cpu().numpy() for name, t in tensors.items()})
-
-    def _edits(self, m: int) -> dict:
-        """The edit of a perturbed member; for its twin the identity at the same site, so both take the same route."""
-        slot = self.slots[m]
-        found = slot.planned_at(self.step)
-        assert found is not None and self.parts.perturbation is not None
-        planned, perturbed = found
-        if not perturbed:
-            return {planned.site: lambda x: x}
-        hits: list[Hit] = []
-        attempt = int(self.state.clock["attempt"][m])
-        ops = self.parts.perturbation.realise(planned, hits, attempt=attempt)
-
-        def recorded(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            def apply(x: Tensor) -> Tensor:
-                out = edit(x)
-                self.recorder.hit(slot, hits[-1])
-                return out
-
-            return apply
-
-        return {site: recorded(edit) for site, edit in ops.edits.items()}
+        return self.hits.work(self.slots, self.step, view, batch, masks, due)
 
     def _masks(self, workers: np.ndarray, cursor: np.ndarray) -> dict[tuple[str, int], Tensor]:
         """Keep masks of every dropout site, drawn from the streams: ``[M, B, …]``."""
@@ -333,37 +224,3 @@ class Engine(ABC):
         clock["virtual_s"].copy_(torch.from_numpy(now.time_s))
         epoch_samples = self.parts.sampler.steps_per_epoch * self.parts.sampler.batch_size
         clock["epoch"].copy_((clock["samples"] - 1) // epoch_samples)
-
-    def _record(self, m: Measured, due: Sequence[int]) -> None:
-        """One row per run; scheduled observables only for the members ``due``."""
-        scheduled: dict[str, dict[int, float]] = {}
-        if due:
-            part = self.state.take(due)
-
-            def evaluate(x: Tensor = self.parts.test[0], y: Tensor = self.parts.test[1]) -> tuple[Tensor, Tensor]:
-                return self.parts.evaluator.evaluate(part, x, y)
-
-            loss, accuracy, lr = (t[list(due)] for t in (m.loss, m.accuracy, m.lr))
-            look = Measured(part, {}, loss, accuracy, lr, None, evaluate, self.parts.test)
-            for observable in self.parts.on_schedule:
-                for name, values in observable.measure(look).items():
-                    scheduled[name] = dict(zip(due, values.tolist(), strict=True))
-        clock = self.state.clock
-        row = {k: clock[k] for k in ("attempt", "epoch", "samples", "virtual_s", "bytes_sent")}
-        row["step"] = torch.full_like(clock["step"], self.step)
-        for observable in self.parts.observables:
-            row.update(observable.measure(m))
-        self.recorder.rows(self.slots, row, scheduled)
-
-    def _evaluations_due(self) -> list[int]:
-        """The members whose evaluation falls on this step, in order."""
-        found = [
-            members
-            for schedule, members in self._by_schedule.items()
-            if any(self._evaluation_due(stop, anchor) for stop, anchor in schedule)
-        ]
-        return sorted(m for members in found for m in members)
-
-    def _evaluation_due(self, stop: int, anchor: int) -> bool:
-        every, step = self.parts.evaluate_every, self.step
-        return step == stop - 1 or (every > 0 and (step - anchor) % every == 0)

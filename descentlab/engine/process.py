@@ -22,7 +22,8 @@ from ..core.errors import StudyError
 from ..core.protocols import Grads, Tick
 from ..core.state import State
 from ..core.tree import Tree, tree_map
-from .driver import Engine, Parts, Progress, Round
+from .driver import Engine, Progress, Round
+from .parts import Parts
 from .program import BlockPlan
 from .transport import Hub, Link, LocalProcesses
 

@@ -7,7 +7,7 @@ one a block takes is decided once (:mod:`descentlab.engine.plan`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,11 +42,35 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, bool]]:
                 yield dot + key, owner, key, False
 
 
-class MemberWork:
-    """Members one after the other through one plain ``nn.Module`` whose tensors are swapped for views of the stack."""
+EVALUATE_ELEMENTS = 2**24  # members x samples x largest result of one sample evaluated at once, as a bound on memory
 
-    def __init__(self, module: nn.Module, objective: Objective) -> None:
-        self.module, self.objective = module, objective
+
+def pieces(samples: int, per_sample: int) -> tuple[int, int]:
+    """(members, samples) to evaluate at once, so that no result holds more than :data:`EVALUATE_ELEMENTS` elements.
+
+    ``per_sample``: elements of the largest result one sample of one member has. Samples are cut only where not even
+    one member fits whole.
+    """
+    fit = max(1, EVALUATE_ELEMENTS // max(1, per_sample))
+    return max(1, fit // max(1, samples)), min(samples, fit)
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Means over all samples from the means over pieces of ``counts`` samples; one piece stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    loss, accuracy = (sum(v * (n / sum(counts)) for v, n in zip(vs, counts, strict=True)) for vs in zip(*parts))
+    return loss, accuracy
+
+
+class MemberWork:
+    """Members one after the other through one plain ``nn.Module`` whose tensors are swapped for views of the stack.
+
+    ``per_sample``: elements of the largest result of one sample (:mod:`descentlab.core.footprint`).
+    """
+
+    def __init__(self, module: nn.Module, objective: Objective, per_sample: int = 1) -> None:
+        self.module, self.objective, self.per_sample = module, objective, per_sample
         self._slots = list(_tensors(module))
 
     def _load(self, view: State, m: int, *, grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -84,11 +108,17 @@ class MemberWork:
         """See :class:`~descentlab.core.protocols.Work`."""
         self.module.eval()
         losses, accuracies = [], []
+        _, step = pieces(len(x), max(self.per_sample, x[0].numel()))
+        cuts = list(zip(x.split(step), y.split(step), strict=True))
         for m in range(view.members):
             self._load(view, m, grad=False)
-            output = self.module(x)
-            losses.append(self.objective.loss(output, y))
-            accuracies.append(self.objective.accuracy(output, y))
+            parts = []
+            for a, b in cuts:
+                output = self.module(a)
+                parts.append((self.objective.loss(output, b), self.objective.accuracy(output, b)))
+            loss, accuracy = joined(parts, [len(a) for a, _ in cuts])
+            losses.append(loss)
+            accuracies.append(accuracy)
         return torch.stack(losses), torch.stack(accuracies)
 
 
@@ -97,12 +127,11 @@ class VmapWork:
 
     The gradient of the sum of the members' losses is every member's own gradient: no loss sees another member's
     weights. (``torch.func.grad`` gives the same and loads ``torch._dynamo``, two seconds per process.)
+    ``per_sample``: as for :class:`MemberWork`.
     """
 
-    EVALUATE_ELEMENTS = 2**24  # members x samples evaluated at once, as a bound on memory
-
-    def __init__(self, module: nn.Module, objective: Objective) -> None:
-        self.module, self.objective = module, objective
+    def __init__(self, module: nn.Module, objective: Objective, per_sample: int = 1) -> None:
+        self.module, self.objective, self.per_sample = module, objective, per_sample
 
         def loss(params: Tree, buffers: Tree, x: Tensor, y: Tensor, masks: Any) -> tuple[Tensor, Tree, Tensor]:
             fresh = {k: b.clone() for k, b in buffers.items()}  # BatchNorm updates its buffers in place
@@ -135,12 +164,13 @@ class VmapWork:
     def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~descentlab.core.protocols.Work`."""
         self.module.eval()
-        chunk = max(1, self.EVALUATE_ELEMENTS // max(1, x.numel()))
-        parts = []
+        chunk, step = pieces(len(x), max(self.per_sample, x[0].numel()))
+        cuts, parts = list(zip(x.split(step), y.split(step), strict=True)), []
         for a in range(0, view.members, chunk):
             rows = slice(a, a + chunk)
             params = {k: p[rows] for k, p in view.params.items()}
             buffers = {k: b[rows] for k, b in view.buffers.items()}
-            parts.append(self._eval(params, buffers, x, y))
+            found = [self._eval(params, buffers, *cut) for cut in cuts]
+            parts.append(joined(found, [len(cut[0]) for cut in cuts]))
         losses, accuracies = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(accuracies)

@@ -16,7 +16,7 @@ from ..core.protocols import Work
 from ..core.streams import Streams
 from ..core.tree import Tree
 from ..engine.batched_mlp import BatchedMlp, plain_layers
-from ..engine.driver import Parts
+from ..engine.parts import Parts
 from ..engine.program import Route, choose_route
 from ..engine.work import MemberWork, VmapWork
 from ..observe.extra import load as load_observables

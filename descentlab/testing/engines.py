@@ -10,8 +10,9 @@ import torch
 
 from ..core.state import State
 from ..core.tree import leaves
-from ..engine.driver import Engine, Parts
+from ..engine.driver import Engine
 from ..engine.lockstep import Lockstep
+from ..engine.parts import Parts
 from ..engine.program import BlockPlan
 from ..engine.recorder import Recorder
 
