@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ...core.errors import UserError
 from ...core.specs import External, Option, Registry
+from .vision_specs import DenseNet121, EfficientNetB0, NfResNet26, Timm
 
 Activation = Literal["silu", "relu", "tanh", "gelu"]
 
@@ -233,5 +234,9 @@ MODELS = Registry(
     ResNet34,
     ResNet50,
     NanoGpt,
+    EfficientNetB0,
+    DenseNet121,
+    NfResNet26,
+    Timm,
     external=ExternalModel,
 )

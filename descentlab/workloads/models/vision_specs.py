@@ -1,0 +1,54 @@
+"""Settings of models from the ``vision`` extra (timm)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt
+
+from ...core.specs import Option
+
+
+RESIZE = "side of the square that images are resized to first (bilinear); 0 = as they are"
+
+
+class Timm(Option):
+    """Any image classifier of timm by its name there, without pretrained weights; needs the vision extra."""
+
+    name: Literal["timm"] = "timm"
+    architecture: str = Field("resnet18", description="a name from timm.list_models()")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
+    resize: NonNegativeInt = Field(0, description=RESIZE)
+
+    def build(self) -> Any:
+        from .timm_models import factory
+
+        return factory(self.name, self.architecture, self.dropout, self.resize)
+
+
+class _Published(Option):
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
+    resize: NonNegativeInt = Field(0, description=RESIZE)
+
+    def build(self) -> Any:
+        from .timm_models import factory
+
+        return factory(self.name, self.name, self.dropout, self.resize)
+
+
+class EfficientNetB0(_Published):
+    """EfficientNet-B0 of timm; needs the vision extra; 4,020,358 parameters on cifar10."""
+
+    name: Literal["efficientnet_b0"] = "efficientnet_b0"
+
+
+class DenseNet121(_Published):
+    """DenseNet-121 of timm; needs the vision extra; 6,964,106 parameters on cifar10."""
+
+    name: Literal["densenet121"] = "densenet121"
+
+
+class NfResNet26(_Published):
+    """Normaliser-free ResNet-26 of timm; needs the vision extra; 13,966,666 parameters on cifar10."""
+
+    name: Literal["nf_resnet26"] = "nf_resnet26"
