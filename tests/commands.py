@@ -33,6 +33,17 @@ def beside_the_examples() -> Iterator[None]:
         sys.modules.update(held)
 
 
+def bad_foreign_command(arguments: list[str]) -> str | None:
+    """Why ``descentlab compat PROGRAM …`` cannot work."""
+    from descentlab.cli.compat import PROGRAMS, native
+
+    if arguments[:1] == [] or arguments[0] not in PROGRAMS:
+        return f"compat knows {', '.join(PROGRAMS)}"
+    if "--help" not in arguments:
+        resolve("recovery", native(arguments[1:]).settings)
+    return None
+
+
 def bad_command(command: str) -> str | None:
     """Why a command cannot work, without running it: the subcommand, the settings, the kind or the file is missing."""
     program, *arguments = shlex.split(command) or [""]
@@ -48,6 +59,8 @@ def bad_command(command: str) -> str | None:
     if sub is None:
         return f"descentlab has no command '{name}'"
     options = {option: parameter for parameter in sub.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    if sub.context_settings.get("ignore_unknown_options"):  # compat: another program's command line
+        return bad_foreign_command(rest)
     plain: list[str] = []
     while rest:
         word = rest.pop(0)

@@ -70,9 +70,17 @@ class LowRank:
 
     q: np.ndarray
     residual: dict[int, np.ndarray] = field(default_factory=dict)
+    ranks: Sequence[int] | None = None  # of each update; the columns of ``q`` are then those a growing rank brings in
+    updates: int = 0
+    columns: np.ndarray | None = None
 
     def average(self, grads: dict[int, np.ndarray]) -> np.ndarray:
         """``grads``: worker -> gradient ``[n, m]``."""
+        if self.ranks is not None:
+            self.columns = self.q if self.columns is None else self.columns
+            held, rank = (0 if self.updates == 0 else self.q.shape[1]), self.ranks[self.updates]
+            self.q = np.concatenate([self.q[:, : min(held, rank)], self.columns[:, held:rank]], axis=1)
+        self.updates += 1
         inputs = {w: g + self.residual.get(w, 0.0) for w, g in grads.items()}
         p = gram_schmidt(np.mean([x @ self.q for x in inputs.values()], axis=0))
         self.q = np.mean([x.T @ p for x in inputs.values()], axis=0)
@@ -91,11 +99,14 @@ def train(
     lr: Callable[[int], float],
     faults: dict[tuple[int, int], tuple[Sequence[int], float]] | None = None,
     low_rank: LowRank | None = None,
+    over_staleness: bool = False,
+    event: Callable[[int, int | None, np.ndarray], np.ndarray] = lambda t, worker, g: g,
 ) -> list[np.ndarray]:
     """Theta after 0, 1, … updates.
 
     ``updates[t]`` = (workers, versions read); ``batch(w, i)``: targets of worker w's i-th batch; ``faults``: (update,
-    worker) -> (flat elements, value).
+    worker) -> (flat elements, value); ``over_staleness``: a gradient tau > 1 updates old is divided by tau.
+    ``event``: what becomes of a worker's gradient, and (worker None) of the averaged one just before update t.
     """
     versions, drawn = [theta], dict.fromkeys((w for workers, _ in updates for w in workers), 0)
     for t, (workers, read) in enumerate(updates):
@@ -103,7 +114,10 @@ def train(
         for w, version in zip(workers, read, strict=True):
             z = batch(w, drawn[w])
             grads[w] = quadratic_gradient(versions[version], a, z, (faults or {}).get((t, w)))
+            grads[w] = event(t, w, grads[w])
+            if over_staleness and t - version > 1:
+                grads[w] = grads[w] / (t - version)
             drawn[w] += 1
         mean = low_rank.average(grads) if low_rank else np.mean(list(grads.values()), axis=0)
-        versions.append(rule.step(versions[-1], mean, lr(t)))
+        versions.append(rule.step(versions[-1], event(t, None, mean), lr(t)))
     return versions

@@ -100,8 +100,15 @@ def recovery_results(
     diverge: tuple[tuple[str, int], ...] = (("sgd", 4),),
     masked: tuple[int, ...] = (2,),
     seed: int = 7,
+    faults: tuple[str, ...] = ("N16_RD",),
 ) -> FakeResults:
-    """A recovery study; ``diverge`` names (optimizer, case) that blow up, ``masked`` cases whose fault does nothing."""
+    """A recovery study; ``diverge`` names (optimizer, case) that blow up, ``masked`` cases whose fault does nothing.
+
+    With several ``faults`` a grid over them: cell = place of the fault x optimizers + place of the optimizer. All hit
+    at the same step; the second is ten times as large and in another layer.
+    """
+    if len(faults) > 1:
+        return _fault_grid(cases, optimizers, recovery_steps, diverge, masked, seed, faults)
     rng = np.random.default_rng(seed)
     out = FakeResults(spec={"study": "recovery", "dataset": {"name": "mnist5k"}}, provenance=dict(PROVENANCE))
     frames = []
@@ -119,6 +126,8 @@ def recovery_results(
             "rule": {"kind": "value", "value": value},
             "index": list(range(16)),
             "shape": [64, 16, 14, 14],
+            "fault": faults[0],
+            "cells": list(range(len(optimizers))),
         }
         out.campaign.append(planned)
         severity = 0.0 if case in masked else float(rng.lognormal(-0.5, 0.8))
@@ -174,6 +183,42 @@ def recovery_results(
             )
     out.frame = pl.concat(frames)
     return out
+
+
+def _fault_grid(
+    cases: int,
+    optimizers: tuple[str, ...],
+    recovery_steps: int,
+    diverge: tuple[tuple[str, int], ...],
+    masked: tuple[int, ...],
+    seed: int,
+    faults: tuple[str, ...],
+) -> FakeResults:
+    whole = FakeResults(spec={"study": "recovery", "dataset": {"name": "mnist5k"}}, provenance=dict(PROVENANCE))
+    frames = []
+    for place, fault in enumerate(faults):
+        part = recovery_results(cases, optimizers, recovery_steps, diverge if place == 0 else (), masked, seed)
+        first = place * len(optimizers)
+        name = {run["id"]: f"{fault}-{run['id']}" for run in part.runs}
+        scale, layer = 10.0**place, LAYERS[place % len(LAYERS)]
+        whole.runs += [{**run, "id": name[run["id"]], "cell": run["cell"] + first} for run in part.runs]
+        whole.status += [{**line, "run": name[line["run"]]} for line in part.status]
+        for line in part.campaign:
+            rule = {"kind": "value", "value": line["rule"]["value"] * scale}
+            cells = [cell + first for cell in line["cells"]]
+            whole.campaign.append({**line, "rule": rule, "layer": layer, "fault": fault, "cells": cells})
+        whole.hits += [{**hit, "run": name[hit["run"]], "layer": layer} for hit in part.hits]
+        frames.append(
+            part.frame.with_columns(
+                pl.col("run").replace_strict(name),
+                pl.col("cell") + first,
+                pl.lit(fault).alias("fault"),
+                pl.lit(layer).alias("layer"),
+                pl.col("value") * scale,
+            )
+        )
+    whole.frame = pl.concat(frames)
+    return whole
 
 
 def crossed_results(replicates: int = 10, diverge: bool = True, interaction: float = 0.3, seed: int = 3) -> FakeResults:

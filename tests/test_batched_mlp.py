@@ -123,6 +123,21 @@ def test_without_a_compiler_a_notice_says_so_and_torch_takes_over(monkeypatch: p
         native.kernel.cache_clear()
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("samples", [1, 64, 150])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_compiled_evaluation_equals_that_of_the_module(activation: str, samples: int) -> None:
+    """Broken on purpose: counting the samples left from the piece before, with 150 of them, fails."""
+    nets = modules((7, 5), activation)
+    torch.manual_seed(3)
+    x, y = torch.randn(samples, 3, 3, dtype=torch.float64), torch.randint(0, 4, (samples,))
+    loss, accuracy = work_of(nets[0]).evaluate(state_of(nets), x, y)
+    for m, net in enumerate(nets):
+        output = net(x).detach()
+        assert abs(float(loss[m] - nn.functional.cross_entropy(output, y))) <= 1e-13
+        assert float(accuracy[m]) == pytest.approx(float((output.argmax(1) == y).double().mean()), abs=1e-15)
+
+
 @pytest.mark.parametrize("chunk", [1, 2**22])
 def test_evaluation_equals_that_of_the_module(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BatchedMlp, "EVALUATE_ELEMENTS", chunk)

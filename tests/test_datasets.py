@@ -240,6 +240,12 @@ def test_tinyshakespeare_is_cut_before_windows_are_made(
         x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
         assert text_windows(x) == ids[a : b - 1] and text_windows(y) == ids[a + 1 : b]
         assert x.shape == y.shape == (b - a - 16, 16)
+    spaced = TinyShakespeare(characters=1000, symbols=12, block=16, test=4).build()
+    rows = [0, 28, 55, 83]  # of the 84 windows: 0, 27.67, 55.33, 83
+    assert torch.equal(spaced.x_test, data.x_test[rows]) and torch.equal(spaced.y_test, data.y_test[rows])
+    assert torch.equal(spaced.x_train, data.x_train)
+    with pytest.raises(UserError, match=r"dataset.test = 85: expected at most the 84 test windows"):
+        TinyShakespeare(characters=1000, symbols=12, block=16, test=85).build()
     everything = TinyShakespeare(characters=None, alphabet="all", symbols=256).build()
     assert everything.vocabulary == "".join(sorted(set(PLAY)))
     with pytest.raises(UserError, match=r"dataset.characters = 99999: expected at most"):

@@ -21,7 +21,7 @@ from descentlab.engine.parts import Parts
 from descentlab.engine.program import BlockPlan, Route, RunPlan
 from descentlab.launch.build import build_parts, survey, workload
 from descentlab.optim.specs import Adam, Sgd
-from descentlab.perturb.specs import VectorForwardFault
+from descentlab.perturb.specs import N16Rd
 from descentlab.studies.recovery.spec import RecoverySpec
 from descentlab.workloads.specs import Digits, Mlp, SmallCnn
 
@@ -148,7 +148,7 @@ def faulted(spec: RecoverySpec, cases: Sequence[int] = (0, 1)) -> list[RunPlan]:
 @pytest.mark.parametrize("settings", [MLP, CNN], ids=["mlp", "cnn"])
 def test_a_fork_equals_training_both_from_scratch(settings: dict, route: Route) -> None:
     """Invariant 4. Broken on purpose: forking from the state before the last update, or a stream keyed by run."""
-    spec = cell(**settings, fault=VectorForwardFault(value_high=1e6, last_epoch=0))
+    spec = cell(**settings, fault=N16Rd(value_mode="log_uniform", value_high=1e6, last_epoch=0))
     runs = faulted(spec)
     _, shared, hits = train(build_parts(spec, route), runs, route)
     _, scratch, scratch_hits = train(build_parts(spec, route), runs, route, share=False)
@@ -174,7 +174,7 @@ def test_the_same_fault_meets_every_optimizer_and_is_stored() -> None:
     """Invariant 5. Broken on purpose: adding the optimizer's name to the stream's purpose."""
     found = []
     for optimizer in (Sgd(lr=0.05), Adam(lr=1e-3)):
-        spec = cell(**{**CNN, "optimizer": optimizer}, fault=VectorForwardFault(last_epoch=0))
+        spec = cell(**{**CNN, "optimizer": optimizer}, fault=N16Rd(value_mode="log_uniform", last_epoch=0))
         _, _, hits = train(build_parts(spec, "vmap"), faulted(spec, range(4)), "vmap")
         found.append(hits)
     for a, b in zip(*found, strict=True):
@@ -184,14 +184,14 @@ def test_the_same_fault_meets_every_optimizer_and_is_stored() -> None:
 
 
 def test_a_transient_fault_does_not_fire_again() -> None:
-    spec = cell(**CNN, fault=VectorForwardFault())
+    spec = cell(**CNN, fault=N16Rd(value_mode="log_uniform"))
     model, planned = spec.fault.build(), faulted(spec, [0])[1].planned[0]
     assert model.realise(planned, [], attempt=0).edits and not model.realise(planned, [], attempt=1).edits
 
 
 def test_nothing_planned_changes_nothing() -> None:
     """Invariant 7: an empty interception, a fault that is only planned (the twin's), no compression: the same bits."""
-    spec = cell(**CNN, fault=VectorForwardFault(last_epoch=0))
+    spec = cell(**CNN, fault=N16Rd(value_mode="log_uniform", last_epoch=0))
     parts = build_parts(spec, "member")
     twin = next(r for r in faulted(spec) if not r.perturbed)
     plain = RunPlan(twin.id, twin.replicate, twin.stop, twin.lr)

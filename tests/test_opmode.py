@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from descentlab.core.opmode import OpMode, Ops, ReplaceElements, Site, trace
-from descentlab.perturb.forward import channels_last_to_logical
+from descentlab.core.matrixop import replaced
+from descentlab.core.opmode import OpMode, Ops, Site, trace
+from descentlab.perturb.positions import to_logical, walk
 from descentlab.workloads.models.cnn import SmallCNN
 
 
@@ -67,12 +68,12 @@ def test_without_edits_every_bit_is_the_same(vmapped: bool) -> None:
 
 
 def test_a_replaced_element_changes_the_output_there_and_lets_the_gradient_through() -> None:
-    """Broken on purpose: a scatter in place of ReplaceElements zeroes the gradient at the hit element."""
+    """Broken on purpose: a scatter that autograd sees zeroes the gradient at the hit element."""
     net = nn.Linear(3, 4)
     x = torch.randn(2, 3)
     index, value = torch.tensor([5]), torch.tensor([7.0])
     site = Site("", 0, "forward", "out")
-    with OpMode(net, Ops({site: lambda t: ReplaceElements.apply(t, index, value)})):
+    with OpMode(net, Ops({site: lambda t: replaced(t, index, value)})):
         out = net(x)
     expected = (x @ net.weight.T).detach()
     expected[1, 1] = 7.0
@@ -104,7 +105,14 @@ def test_dropout_takes_its_mask_and_refuses_to_draw_one() -> None:
 
 def test_runs_of_elements_lie_along_channels() -> None:
     """Golden: 4 channels on a 2x3 map; element 5 in N H W C order is sample 0, row 0, column 1, channel 1."""
-    logical = channels_last_to_logical(np.arange(4, 8), (2, 4, 2, 3))
+    axes = walk("conv", "g", 4)
+    logical = to_logical(np.arange(4, 8), (2, 4, 2, 3), axes)
     assert logical.tolist() == [1, 7, 13, 19]  # channel c of (row 0, column 1): c * 6 + 1
-    assert channels_last_to_logical(np.array([24]), (2, 4, 2, 3)).tolist() == [24]
-    assert channels_last_to_logical(np.arange(3), (5, 10)).tolist() == [0, 1, 2]
+    assert to_logical(np.array([24]), (2, 4, 2, 3), axes).tolist() == [24]
+    assert to_logical(np.arange(3), (5, 10), walk("linear", "g", 2)).tolist() == [0, 1, 2]
+    assert to_logical(np.arange(3), (5, 2, 10), walk("linear", "x", 3)).tolist() == [0, 1, 2]
+    assert to_logical(np.arange(3), (5, 10), walk("linear", "w", 2)).tolist() == [
+        0,
+        10,
+        20,
+    ]  # input 0 to outputs 0 to 2

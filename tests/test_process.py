@@ -15,7 +15,8 @@ from small import builder, digits, finish, plan_of, quadratic
 
 from descentlab.cluster.timeline import RecordedTimeline
 from descentlab.core.errors import StudyError
-from descentlab.core.tree import leaves, member_norm
+from descentlab.core.member_stats import member_norm
+from descentlab.core.tree import leaves
 from descentlab.engine.lockstep import Lockstep
 from descentlab.engine.parts import Parts
 from descentlab.engine.process import ParameterServer, train
@@ -136,9 +137,9 @@ def test_what_it_cannot_do_is_refused() -> None:
     from small import plan_fault
 
     from descentlab.comm.specs import PowerSgd
-    from descentlab.perturb.specs import SingleForwardFault
+    from descentlab.perturb.specs import Rd
 
-    cell = quadratic(fault=SingleForwardFault(step=1))
+    cell = quadratic(fault=Rd(step=1))
     parts = builder(cell)()
     with pytest.raises(ValueError, match="one run"):
         ParameterServer(plan_of(cell, 5), parts, build=builder(cell))

@@ -81,7 +81,7 @@ def test_failures_are_told_first() -> None:
 
 
 def test_files_of_a_report(written: Path) -> None:
-    names = ("excess_test_loss", "summary")
+    names = ("excess_test_loss", "outcomes")
     expected = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert {p.name for p in (written / "figures").iterdir()} == expected
     page = (written / "index.html").read_text()
@@ -120,7 +120,7 @@ def test_recovery_summary_names_and_failures(made: Report) -> None:
     assert "Pratt" in keys["recovery/sgd-vs-adam/excess_test_loss"].method  # case 2 is masked everywhere
     assert made.failure_line().startswith("1 of 80 runs failed")
     assert (
-        made.failures.rows[0][:3] == ["sgd", 4, "fault"] and made.failures.rows[0][7] == 3
+        made.failures.rows[0][:3] == ["sgd", 4, "fault"] and made.failures.rows[0][8] == 3
     )  # three steps after the hit
 
 
@@ -166,7 +166,7 @@ def test_a_model_without_batchnorm_and_other_hits_are_told() -> None:
     built = recovery.build(results)
     cases = next(s for s in built.sections if s.heading == "Cases").blocks[0]
     assert isinstance(cases, TableBlock)
-    assert [row[6] for row in cases.rows] == [
+    assert [row[8] for row in cases.rows] == [
         "4 of 4, DIFFERENT elements",
         "4 of 4, same elements",
         "4 of 4, same elements",

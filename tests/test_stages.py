@@ -52,7 +52,12 @@ def test_a_dag_has_no_loops_and_no_strangers() -> None:
 def test_defaults_are_frozen() -> None:
     """Invariant 7. To change a default on purpose, change the golden file and say so in CHANGELOG.md."""
     found = {}
-    for study, preset in (("recovery", "default"), ("recovery", "published"), ("crossed", "default")):
+    for study, preset in (
+        ("recovery", "default"),
+        ("recovery", "published"),
+        ("crossed", "default"),
+        ("training", "default"),
+    ):
         cells = resolve(study, [f"preset={preset}"]).cells
         found[f"{study}/{preset}"] = [cell.model_dump(mode="json") for cell in cells]
     assert found == json.loads(GOLDEN.read_text())

@@ -33,6 +33,7 @@ from descentlab.store import (
     provenance,
     status,
 )
+from descentlab.store.table import config_columns, planned_for
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,28 @@ def test_the_frame_has_the_settings_that_vary(undisturbed: Results) -> None:
     assert results.study == {"study": "recovery"}
 
 
+def test_every_cell_carries_the_hit_planned_for_it() -> None:
+    """A grid over two faults: one case, two plans. Joined by case alone, both cells would carry the first."""
+    campaign = [
+        {"case": 0, "replicate": 0, "step": 5, "layer": "conv1", "rule": {"value": 1.0}, "cells": [0, 2]},
+        {"case": 0, "replicate": 0, "step": 7, "layer": "conv2", "rule": {"kind": "bit", "bit": 3}, "cells": [1, 3]},
+    ]
+    runs = [
+        {"id": f"{c}{r}", "cell": c, "replicate": 0, "role": r, "labels": {"case": 0}, "settings": {}}
+        for c in range(5)
+        for r in ("twin", "fault")
+    ]
+    frame = config_columns(runs, campaign, taken=set())
+    found = dict(zip(frame["run"], frame.select("hit_step", "layer", "value").rows(), strict=True))
+    for cell in range(4):
+        expected = (5, "conv1", 1.0) if cell % 2 == 0 else (7, "conv2", None)
+        assert found[f"{cell}fault"] == found[f"{cell}twin"] == expected
+    assert found["4twin"][0] == 5  # a cell that plans nothing carries what its replicate was spared
+    by_hand = [{k: v for k, v in campaign[0].items() if k != "cells"}]
+    assert planned_for(runs, by_hand)["3fault"]["step"] == 5
+    assert planned_for(runs, []) == {}
+
+
 def test_runs_of_an_older_grid_are_left_over(tmp_path: Path) -> None:
     directory = new_directory(tmp_path)
     train(directory)
@@ -209,6 +232,27 @@ def test_buffered_rows_do_not_alias_the_caller(tmp_path: Path) -> None:
     loss[:] = 7.0
     block.checkpoint({}, 1)
     assert load(tmp_path).frame["train_loss"].to_list() == [1.0]
+
+
+def test_spilled_rows_count_once_a_checkpoint_names_them(tmp_path: Path) -> None:
+    """Fails when a part written between checkpoints is counted at once, or is forgotten by the next checkpoint."""
+    directory = new_directory(tmp_path)
+    block = BlockWriter(directory, "b0")
+    block.resume()
+    for step in range(4):
+        block.rows({"run": ["a0"], "step": [step], "attempt": [0]})
+        if step == 1:
+            block.checkpoint({}, 2)
+        else:
+            block.spill()
+    assert load(tmp_path).frame["step"].to_list() == [0, 1]
+    assert BlockWriter(directory, "b0").resume() == ({}, 2) and len(list((block.folder / "metrics").iterdir())) == 2
+    again = BlockWriter(directory, "b0")
+    again.resume()
+    again.rows({"run": ["a0"], "step": [2], "attempt": [0]})
+    again.spill()
+    again.checkpoint({}, 3)
+    assert load(tmp_path).frame["step"].to_list() == [0, 1, 2]
 
 
 def test_state_comes_back_to_the_bit(tmp_path: Path) -> None:

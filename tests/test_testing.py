@@ -244,7 +244,7 @@ class Skips(Lockstep):
     def __post_init__(self) -> None:
         super().__post_init__()
         record = self.measuring.record
-        self.measuring.record = lambda step, m, due: record(step, m, due) if step else None  # type: ignore[method-assign]
+        self.measuring.record = lambda step, *rest: record(step, *rest) if step else None  # type: ignore[method-assign]
 
 
 def test_check_engine_notices() -> None:

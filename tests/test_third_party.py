@@ -1,4 +1,4 @@
-"""An optimizer, a fault, an observable and a study from outside the package: under 30 lines each, and they run."""
+"""What a stranger can add from outside the package, by module:Name: under 30 lines each, and it runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _beside_the_user_s_files() -> Iterator[None]:
 
 def test_each_is_under_30_lines() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    known = ["my_dataset.py", "my_fault.py", "my_model.py", "my_observable.py", "my_optimizer.py", "my_study.py"]
-    assert sorted(lines) == known
+    known = ["compressor", "dataset", "delay", "fault", "model", "observable", "optimizer", "policy"]
+    assert sorted(lines) == [f"my_{name}.py" for name in (*known, "staleness_rule", "study")]
     assert max(lines.values()) < 30
 
 
@@ -68,6 +68,54 @@ def test_observables_survive_table_and_csv(run: Results, tmp_path: Path) -> None
     assert again[classes[3]].to_list() == frame[classes[3]].to_list()
 
 
+CROSSED = ("fault=none", "optimizer=sgd", "replicates=1", "steps=12", "observe.evaluate_every=0", "workers=3")
+
+
+def crossed(tmp_path: Path, *settings: str) -> pl.DataFrame:
+    """Twelve updates of MLP-386 on three workers."""
+    given = {text.split("=")[0] for text in settings}
+    rest = [
+        f"{key}={value}" for key, value in {"timeline": "barrier", "compressor": "none"}.items() if key not in given
+    ]
+    return dl.run("crossed", *CROSSED, *rest, *settings, out=tmp_path / "run", launcher="local").frame
+
+
+def test_compressor(tmp_path: Path) -> None:
+    """386 numbers of two bytes from each of three workers; with its error feedback it learns as the plain mean does."""
+    frame = crossed(tmp_path / "half", "compressor=my_compressor:HalfPrecision")
+    whole = crossed(tmp_path / "whole")
+    assert frame["bytes_sent"].to_list() == [(t + 1) * 3 * 2 * 386 for t in range(12)]
+    difference = (frame["train_loss"] - whole["train_loss"]).abs()
+    assert difference[0] == 0 and 0 < difference.max() < 1e-3
+
+
+def test_delay(tmp_path: Path) -> None:
+    """Every gradient takes 1 s, or 20 s: so does every difference of times; the option reaches the class."""
+    settings = ("timeline=asynchronous", "timeline.delay={name: my_delay:Hiccups, options: {mean_s: 1.0, share: 0.3}}")
+    times = crossed(tmp_path, *settings)["virtual_s"].to_list()
+    assert times[0] in (1.0, 20.0) and times == sorted(times) and {t % 1 for t in times} == {0.0}
+    assert len(set(times)) < 12  # workers that are ready at once make one update each
+
+
+def test_staleness_rule(tmp_path: Path) -> None:
+    """Three workers of equal speed: the first gradient is fresh, the second one update old, all later ones two."""
+    base = ("timeline=asynchronous", "timeline.delay=constant")
+    rule = ("staleness_rule=my_staleness_rule:DropLate", "staleness_rule.options={most: 1}")
+    norms = crossed(tmp_path / "dropped", *base, *rule)["grad_norm"].to_list()
+    plain = crossed(tmp_path / "plain", *base)["grad_norm"].to_list()
+    assert norms[:2] == plain[:2] and set(norms[2:]) == {0.0} and min(plain) > 0
+
+
+def test_policy(tmp_path: Path) -> None:
+    """Rank 2 in the first epoch of four updates, 1 afterwards: bytes of the factors of the two weight matrices."""
+    policy = "compressor={name: powersgd, policy: {name: my_policy:Halving, options: {first: 2}}}"
+    frame = crossed(tmp_path, policy, "batch_size=320")
+    sent = frame["bytes_sent"].diff().to_list()[1:]
+    rank = {r: 3 * 4 * (r * (8 + 36) + (r * (10 + 8)) + 8 + 10) for r in (1, 2)}
+    assert frame["epoch"].to_list() == [t // 4 for t in range(12)]
+    assert sent == [rank[2]] * 3 + [rank[1]] * 8
+
+
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = dl.run("my_study:STUDY", "steps=4", "model=mlp", out=tmp_path / "run", launcher="local")
     assert len(results.runs) == 6 and results.frame.height == 24 and set(results.frame["batch_size"]) == {16, 64}
@@ -86,4 +134,27 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_observable_that_is_none_is_named_before_anything_runs(name: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"observe.extra = '{name}': expected .*{text}"):
         dl.run("recovery", *QUICK, f"observe.extra=[{name}]", out=tmp_path / "run", launcher="local")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (("compressor=nowhere:X",), "an importable module"),
+        (("compressor=my_delay:Hiccups",), "a class with start and exchange and resize"),
+        (
+            ("compressor={name: my_compressor:HalfPrecision, options: {bits: 8}}",),
+            "arguments of my_compressor:HalfPrec",
+        ),
+        (("compressor={name: powersgd, policy: my_delay:Hiccups}",), "a class with rank"),
+        (("staleness_rule=my_policy:Halving",), "a class with adjust"),
+        (("timeline=my_policy:Halving",), "a class with ticks"),
+        (("timeline={name: asynchronous, delay: my_policy:Halving}",), "a class with seconds"),
+    ],
+)
+def test_a_condition_that_is_none_is_named_before_anything_runs(
+    settings: tuple[str, ...], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=text):
+        crossed(tmp_path, *settings)
     assert not (tmp_path / "run").exists()

@@ -36,7 +36,7 @@ from descentlab.engine.program import BlockPlan, RunPlan
 from descentlab.engine.virtual import Virtual
 from descentlab.launch.build import build_parts, workload
 from descentlab.optim.specs import Adam, Sgd
-from descentlab.perturb.specs import SingleForwardFault
+from descentlab.perturb.specs import Rd
 from descentlab.workloads.specs import SmallCnn
 
 STREAMS = Streams(0)
@@ -188,7 +188,7 @@ def test_resume_in_the_middle_to_the_bit(cut: int) -> None:
 
     Broken on purpose: the ring kept on the engine instead of in the state fails at every cut, and nothing else does.
     """
-    cell = quadratic(fault=SingleForwardFault(step=6), compressor=PowerSgd(), optimizer=Adam(lr=0.05))
+    cell = quadratic(fault=Rd(step=6, value_mode="log_uniform"), compressor=PowerSgd(), optimizer=Adam(lr=0.05))
     fault = plan_fault(build_parts(cell, "vmap"), 0)
     runs = (RunPlan("twin", 0, 12, 0.05, (fault,)), RunPlan("hit", 0, 12, 0.05, (fault,), True))
     plan = BlockPlan("k", 0, "vmap", (*runs, RunPlan("other", 1, 10, 0.05)))
@@ -212,7 +212,7 @@ def test_a_fault_happens_when_its_worker_contributes() -> None:
 
     Broken on purpose: a :func:`place` that leaves the step alone, or an engine that takes such a plan, fails.
     """
-    cell = quadratic(workers=3, fault=SingleForwardFault(step=3, value_low=5.0, value_high=5.0))
+    cell = quadratic(workers=3, fault=Rd(step=3, value_mode="fixed", value=5.0))
     parts = build_parts(cell, "vmap")
     timeline = RoundRobinTimeline()
     ticks = timeline.ticks(3, 8, STREAMS, 0)

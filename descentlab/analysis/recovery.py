@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from ..store.table import planned_for
 from .failures import PENDING, Score, Scores, excess_accuracies, excess_losses, final_scores
+from .outcomes import NOT_APPLICABLE, PUBLISHED, Curve, Outcome, Thresholds, classify
+from .paired import Estimate, estimate, replicate_means
+from .pollution import pollution
 from .results import ResultsLike, cell_settings, condition_labels, last_attempts
 
-PER_STEP = ("train_loss", "train_accuracy", "slot_max", "bn_var_max")
+PER_STEP = (
+    *("train_loss", "train_accuracy", "slot_max", "bn_var_max", "update_norm"),
+    *("nonfinite_params", "test_loss", "test_accuracy"),
+)
+KEY = ("condition", "fault", "replicate")  # names one faulted run: a case of a fault type under an optimizer
 TOLERANCE_NATS = 0.05  # a recovered run's training loss is within this of its twin's ...
 STREAK = 5  # ... on so many consecutive batches
 
@@ -26,8 +34,12 @@ STREAK = 5  # ... on so many consecutive batches
 class Recovery:
     """Everything the recovery report reads.
 
-    ``measures``: one row per (condition, case) that finished on both sides. ``steps``: one row per (condition,
-    case, step) with every per-step observable and its ``…_twin``. ``order``: condition names in cell order.
+    A *condition* is an optimizer with whatever else varies except the fault, whose type (and settings that vary) is
+    the column ``fault``; in a grid over faults a replicate stands in several rows of one condition, so statistics
+    are clustered by replicate (:func:`mean_of`). ``measures``: one row per (condition, fault, replicate) that ended on
+    both sides. ``steps``: one row per such run and step with every per-step observable and its ``…_twin``.
+    ``order``: condition names in cell order; ``cells``: one cell of each condition with its settings; ``labels``:
+    cell to condition; ``optimizers``: condition to the optimizer's settings.
     """
 
     order: list[str]
@@ -37,6 +49,25 @@ class Recovery:
     measures: pl.DataFrame
     steps: pl.DataFrame
     classes: int
+    faults: list[str] = field(default_factory=list)
+    optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    thresholds: Thresholds = PUBLISHED
+
+
+def mean_of(rows: pl.DataFrame, column: str) -> Estimate:
+    """Mean with its interval, one value per replicate (its mean over fault types); nulls do not count."""
+    known = rows.select("replicate", column).drop_nulls().sort("replicate")
+    return estimate(replicate_means(known[column].to_list(), known["replicate"].to_list()))
+
+
+def _split(cells: Mapping[int, dict[str, Any]], planned: Mapping[int, str]) -> tuple[dict[int, dict], dict[int, str]]:
+    """Settings of every cell without its fault, and a short name of the fault; ``planned``: cell -> its type."""
+    rest = {c: {k: v for k, v in s.items() if k.split(".")[0] != "fault"} for c, s in cells.items()}
+    kinds = {
+        c: {"optimizer": s.get("fault") or planned.get(c, ""), **{k: v for k, v in s.items() if k.startswith("fault.")}}
+        for c, s in cells.items()
+    }
+    return rest, condition_labels(kinds)
 
 
 def _pairs(results: ResultsLike) -> list[tuple[int, int, str, str]]:
@@ -50,7 +81,7 @@ def _pairs(results: ResultsLike) -> list[tuple[int, int, str, str]]:
 
 
 def paired_steps(frame: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
-    """Join faulted rows and twin rows by step; ``pairs`` has run, twin, condition, replicate, hit_step, layer, value.
+    """Join faulted rows and twin rows by step; ``pairs`` has run, twin, condition, fault, replicate, hit_step.
 
     A step only one side reached keeps null on the other; ``relative_step`` is step - hit_step of that case.
     """
@@ -81,17 +112,36 @@ def _at(steps: np.ndarray, values: np.ndarray, where: int) -> float | None:
     return float(found[0]) if len(found) and math.isfinite(found[0]) else None
 
 
+def series_of(part: pl.DataFrame) -> dict[str, np.ndarray]:
+    """Every recorded observable of one run of :func:`paired_steps` and its twin's as float64, null as NaN."""
+    names = [name for name in PER_STEP if name in part.columns]
+    return {
+        name: part[name].cast(pl.Float64).fill_null(math.nan).to_numpy()
+        for base in names
+        for name in (base, f"{base}_twin")
+    }
+
+
+def curve_of(part: pl.DataFrame, series: Mapping[str, np.ndarray], suffix: str = "") -> Curve:
+    """One side of a pair from the hit on, over the steps that side has recorded."""
+    at = part["relative_step"].to_numpy()
+    kept = (at >= 0) & part[f"train_loss{suffix}"].is_not_null().to_numpy()
+    missing = np.full(len(at), math.nan)
+    loss, accuracy, test_loss, test_accuracy = (
+        series.get(f"{name}{suffix}", missing)[kept]
+        for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    )
+    bad = np.nan_to_num(series.get(f"nonfinite_params{suffix}", missing)[kept])
+    return Curve(at[kept], loss, accuracy, test_loss, test_accuracy, bad)
+
+
 def hit_measures(part: pl.DataFrame) -> dict[str, Any]:
     """Measures of one faulted run from its rows of :func:`paired_steps`; undefined or non-finite ones are None.
 
     Loss in nats, accuracy 0..1; ``area`` is the sum of excess training loss over the steps after the hit
     (trapezoid, nat steps); ``peak_excess`` the largest one from the hit on.
     """
-    at = part["relative_step"].to_numpy()
-    series = {
-        name: part[name].cast(pl.Float64).fill_null(math.nan).to_numpy()
-        for name in ("train_loss", "train_loss_twin", "train_accuracy", "train_accuracy_twin")
-    }
+    at, series = part["relative_step"].to_numpy(), series_of(part)
     excess = series["train_loss"] - series["train_loss_twin"]
     since = at >= 0
     whole = since.any() and np.isfinite(excess[since]).all()
@@ -111,47 +161,119 @@ def hit_measures(part: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _pre_hit_test(frame: pl.DataFrame, run: str, hit_step: int) -> dict[str, float | None]:
+def _pre_hit_test(at: np.ndarray, series: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """Test loss and accuracy at the last evaluation before the hit; None where there was none."""
-    names = ("test_loss", "test_accuracy")
-    seen = frame.filter((pl.col("run") == run) & (pl.col("step") < hit_step)).select("step", *names)
-    seen = seen.drop_nulls().sort("step")
-    return {f"pre_hit_{name}": float(seen[name][-1]) if len(seen) else None for name in names}
+    found: dict[str, float | None] = {}
+    for name in ("test_loss", "test_accuracy"):
+        values = series.get(name, np.full(len(at), math.nan))
+        seen = np.flatnonzero((at < 0) & np.isfinite(values))
+        found[f"pre_hit_{name}"] = float(values[seen[-1]]) if len(seen) else None
+    return found
 
 
-def analyse_recovery(results: ResultsLike, classes: int) -> Recovery:
-    """Pair every faulted run with its twin, score both at their last common evaluated step and measure the hit."""
+def analyse_recovery(results: ResultsLike, classes: int, thresholds: Thresholds = PUBLISHED) -> Recovery:
+    """Pair every faulted run with its twin, score both at their last common evaluated step, measure and label it."""
     cells = cell_settings(results.frame)
-    labels = condition_labels(cells)
+    lines = planned_for(results.runs, results.campaign)
+    named = {
+        int(run["cell"]): str(lines[str(run["id"])].get("fault", "")) for run in results.runs if run["id"] in lines
+    }
+    rest, faults = _split(cells, named)
+    labels = condition_labels(rest)
     pairs = [pair for pair in _pairs(results) if pair[0] in labels]
     scores = final_scores(results, [[run, twin] for _, _, run, twin in pairs], classes)
     pairs = [p for p in pairs if PENDING not in (scores[p[2]].state, scores[p[3]].state)]
-    hits = {int(case["replicate"]): case for case in results.campaign}
-    records: list[dict[str, Any]] = [
-        {
-            "condition": labels[cell],
-            "replicate": replicate,
-            "run": run,
-            "twin": twin,
-            "hit_step": int(hits[replicate]["step"]),
-            "epoch": int(hits[replicate]["epoch"]),
-            "layer": str(hits[replicate]["layer"]),
-            "value": float(_fault_value(hits[replicate])),
-        }
-        for cell, replicate, run, twin in pairs
-    ]
-    order = [labels[cell] for cell in cells]
+    records = [_planned(labels[p[0]], faults[p[0]], p, lines[p[2]]) for p in pairs if p[2] in lines]
+    order = list(dict.fromkeys(labels[cell] for cell in cells))
+    firsts = [next(c for c in cells if labels[c] == name) for name in order]
+    whole: dict[str, Any] = {
+        "order": order,
+        "cells": {cell: rest[cell] for cell in firsts},
+        "faults": list(dict.fromkeys(faults[cell] for cell in cells)),
+        "optimizers": _optimizer_settings(results, labels, rest),
+    }
+    empty = pl.DataFrame()
     if not records:
-        return Recovery(order, cells, labels, scores, pl.DataFrame(), pl.DataFrame(), classes)
-    keys = ("run", "twin", "condition", "replicate", "hit_step")
+        return Recovery(labels=labels, scores=scores, measures=empty, steps=empty, classes=classes, **whole)
+    keys = ("run", "twin", *KEY, "hit_step")
     steps = paired_steps(results.frame, pl.DataFrame([{key: row[key] for key in keys} for row in records]))
-    parts = steps.partition_by("condition", "replicate", as_dict=True)
+    parts = steps.partition_by(KEY, as_dict=True)
     sides = [scores[row["run"]] for row in records], [scores[row["twin"]] for row in records]
+    realised = _realised_values(results)
     for row, loss, accuracy in zip(records, excess_losses(*sides), excess_accuracies(*sides), strict=True):
-        row.update(hit_measures(parts[row["condition"], row["replicate"]]))
-        row.update(_pre_hit_test(results.frame, row["run"], row["hit_step"]))
+        part = parts[tuple(row[key] for key in KEY)]
+        series = series_of(part)
+        row.update(hit_measures(part))
+        row.update(_pre_hit_test(part["relative_step"].to_numpy(), series))
+        row.update(pollution(part["relative_step"].to_numpy(), series, whole["optimizers"][row["condition"]]))
         row.update(_final(scores[row["run"]], scores[row["twin"]], loss, accuracy))
-    return Recovery(order, cells, labels, scores, pl.DataFrame(records, infer_schema_length=None), steps, classes)
+        row.update(_label(part, series, scores[row["run"]], scores[row["twin"]], thresholds, classes))
+        row["magnitude"] = _magnitude(row["value"], realised.get(row["run"]))
+    measures = pl.DataFrame(records, infer_schema_length=None)
+    return Recovery(
+        labels=labels, scores=scores, measures=measures, steps=steps, classes=classes, thresholds=thresholds, **whole
+    )
+
+
+def _planned(condition: str, fault: str, pair: tuple[int, int, str, str], line: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "condition": condition,
+        "fault": fault,
+        "replicate": pair[1],
+        "run": pair[2],
+        "twin": pair[3],
+        "hit_step": int(line["step"]),
+        "epoch": int(line.get("epoch", 0)),
+        "site": str(line.get("site", "")),
+        "layer": str(line.get("layer", "")),
+        "value": _fault_value(line),
+    }
+
+
+def _optimizer_settings(
+    results: ResultsLike, labels: Mapping[int, str], cells: Mapping[int, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Condition -> settings of its optimizer, its name at least."""
+    found = {labels[cell]: {"name": settings["optimizer"]} for cell, settings in cells.items()}
+    for run in results.runs:
+        own = (run.get("settings") or {}).get("optimizer")
+        if isinstance(own, Mapping) and int(run["cell"]) in labels:
+            found[labels[int(run["cell"])]] = dict(own)
+    return found
+
+
+def _realised_values(results: ResultsLike) -> dict[str, float]:
+    """Run -> the largest absolute value its fault wrote."""
+    largest: dict[str, float] = {}
+    for hit in results.hits:
+        new = [math.inf if v is None else abs(float(v)) for v in hit.get("new") or ()]
+        values = [math.inf if math.isnan(v) else v for v in new]
+        if values:
+            largest[str(hit["run"])] = max(largest.get(str(hit["run"]), 0.0), *values)
+    return largest
+
+
+def _magnitude(planned: float, realised: float | None) -> int | None:
+    """Decade of the fault's value (floor of log10): as planned, else as written; None for 0, NaN or infinity."""
+    size = abs(planned) if math.isfinite(planned) else realised
+    return math.floor(math.log10(size)) if size and math.isfinite(size) else None
+
+
+def _label(
+    part: pl.DataFrame, series: Mapping[str, np.ndarray], fault: Score, twin: Score, rule: Thresholds, classes: int
+) -> dict[str, Any]:
+    crashed = next((s.reason for s in (fault, twin) if s.failed and s.reason.startswith("failed:")), None)
+    if crashed is not None:
+        found = Outcome(NOT_APPLICABLE, crashed)
+    else:
+        found = classify(curve_of(part, series), curve_of(part, series, "_twin"), rule, 1 / classes)
+    return {
+        "outcome": found.label,
+        "outcome_note": found.note,
+        "first_drop": found.first_drop,
+        "final_drop": found.final_drop,
+        "test_drop": found.test_drop,
+    }
 
 
 def _fault_value(case: Mapping[str, Any]) -> float:
@@ -184,11 +306,11 @@ def aligned(
     a mean over cases is never one over survivors.
     """
     chosen = recovery.measures.filter(pl.col("condition") == condition)
-    parts = recovery.steps.filter(pl.col("condition") == condition).partition_by("replicate", as_dict=True)
+    parts = recovery.steps.filter(pl.col("condition") == condition).partition_by("fault", "replicate", as_dict=True)
     flag = "twin_failed" if column.endswith("_twin") else "failed"
     out = np.full((len(chosen), len(steps)), math.nan)
     for index, row in enumerate(chosen.iter_rows(named=True)):
-        part = parts[(row["replicate"],)].filter(pl.col("relative_step").is_in(steps.tolist()))
+        part = parts[row["fault"], row["replicate"]].filter(pl.col("relative_step").is_in(steps.tolist()))
         at = np.searchsorted(steps, part["relative_step"].to_numpy())
         out[index, at] = part[column].cast(pl.Float64).fill_null(math.nan).to_numpy()
         if row[flag]:

@@ -24,6 +24,7 @@ MEASURES = frozenset(
         ),
         *("grad_norm", "update_norm", "slot_max", "bn_var_max", "nonfinite_grads", "nonfinite_params", "test_loss"),
         *("test_accuracy", "timestamp", "utilisation"),
+        *("alarm", "alarm_value", "alarm_bound", "action", "rewound"),
     }
 )
 IDENTITY = frozenset({"run", "cell", "replicate", "role", "case", "hit_step", "layer", "value", "optimizer"})
@@ -76,9 +77,16 @@ def condition_labels(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
     labels: dict[int, str] = {}
     for cell, settings in cells.items():
         rivals = [other for other in cells.values() if other["optimizer"] == settings["optimizer"]]
-        differing = [key for key in settings if len({str(other[key]) for other in rivals}) > 1]
+        differing = [key for key in settings if _tells_apart(key, settings, rivals)]
         labels[cell] = ",".join([str(settings["optimizer"]), *(f"{key}={settings[key]}" for key in differing)])
     return labels
+
+
+def _tells_apart(key: str, settings: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether ``key`` differs, and not only since another option of its block (``arm`` of ``arm.steps``) was chosen."""
+    room = key.split(".")[0]
+    alike = [other for other in rivals if room == key or other.get(room) == settings.get(room)]
+    return len({str(other[key]) for other in alike}) > 1
 
 
 def planned_pairs(cells: Mapping[int, Mapping[str, Any]]) -> list[tuple[int, int]]:

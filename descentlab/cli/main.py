@@ -202,6 +202,29 @@ def table(
 
 
 @app.command()
+def export(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="v3: the published recovery experiments' files")],
+    directory: Directory,
+    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="DIR/export/FORMAT")] = None,
+) -> None:
+    """Write a directory's results in another program's files."""
+    from .export import export as write
+
+    typer.echo(write(format_, directory, out))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def compat(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="v3: the published recovery program")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGUMENTS", help="its own command line")] = None,
+) -> None:
+    """Run a published program's command line; compat v3 --help lists its flags."""
+    from .compat import compat as translate
+
+    raise typer.Exit(translate(program, arguments or []))
+
+
+@app.command()
 def rerun(directory: Directory) -> None:
     """Run again what a directory lacks."""
     from ..launch import api

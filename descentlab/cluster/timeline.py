@@ -7,40 +7,38 @@ so a gradient of update t at version t is fresh. ``time_s``: virtual seconds fro
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, final
+from typing import final
 
 import numpy as np
 
 from ..core.errors import UserError
-from ..core.protocols import Planned, Tick
+from ..core.protocols import Delay, Planned, Tick
 from ..core.streams import Streams
-
-
-class Delay(Protocol):
-    """How long each worker needs for each of its gradients."""
-
-    def seconds(self, workers: int, steps: int, streams: Streams, replicate: int) -> np.ndarray:
-        """float64 ``[T, W]``, never negative."""
-        ...
 
 
 @final
 @dataclass(frozen=True)
 class GaussianDelay:
-    """max(0, N(mean_s, std_s^2)), a fresh draw per worker and step; ``std_s`` = 0 is constant and draws nothing."""
+    """max(0, N(mean_s, std_s^2)), a fresh draw per worker and gradient; ``std_s`` = 0 is constant and draws nothing.
+
+    Worker 0 has ``slow_factor`` times the mean and the deviation of the others.
+    """
 
     mean_s: float = 0.0
     std_s: float = 0.0
+    slow_factor: float = 1.0
 
     def seconds(self, workers: int, steps: int, streams: Streams, replicate: int) -> np.ndarray:
-        """See :class:`Delay`; worker w's draws do not depend on how many workers there are."""
+        """See :class:`~descentlab.core.protocols.Delay`; worker w's draws do not depend on how many there are."""
+        factor = np.where(np.arange(workers) == 0, self.slow_factor, 1.0)
         if self.std_s == 0.0:
-            return np.full((steps, workers), self.mean_s)
+            return np.full((steps, workers), self.mean_s) * factor
         step, worker = np.meshgrid(np.arange(steps), np.arange(workers), indexing="ij")
         z = streams.normal("delay", 1, replicate=replicate, worker=worker, step=step)[..., 0]
-        return np.maximum(0.0, self.mean_s + self.std_s * z)
+        return np.maximum(0.0, factor * (self.mean_s + self.std_s * z))
 
 
 def _round_ends(delay: Delay, workers: int, steps: int, streams: Streams, replicate: int) -> list[float]:
@@ -94,6 +92,41 @@ class RoundRobinTimeline:
         """See :class:`~descentlab.core.protocols.Timeline`."""
         lag, overlap = (workers - 1, workers) if self.stale else (0, 1)
         return [Tick((t % workers,), (max(0, t - lag),), self.delay_s * (t + overlap) / overlap) for t in range(steps)]
+
+
+@final
+@dataclass(frozen=True)
+class AsynchronousTimeline:
+    """Nobody waits: a worker reads the weights, computes, its gradient is one update, and it reads again.
+
+    Events on a virtual clock: update t is the t-th gradient to be ready, of two at once that of the lower worker. The
+    i-th gradient of worker w takes ``delay.seconds(…)[i, w]`` and is taken at the version that w's own last update
+    made, 0 at first.
+    """
+
+    delay: Delay
+
+    def ticks(self, workers: int, steps: int, streams: Streams, replicate: int) -> list[Tick]:
+        """See :class:`~descentlab.core.protocols.Timeline`.
+
+        Raises:
+            UserError: for a delay law that gives another shape, negative or non-finite times.
+        """
+        seconds = np.asarray(self.delay.seconds(workers, steps, streams, replicate), dtype=np.float64)
+        if seconds.shape != (steps, workers) or not np.isfinite(seconds).all() or (seconds < 0).any():
+            what = f"{type(self.delay).__name__} with times of shape {seconds.shape}"
+            raise UserError("timeline.delay", what, f"finite times of at least 0 of shape {(steps, workers)}")
+        done, version = [0] * workers, [0] * workers
+        ready = [(float(seconds[0, w]), w) for w in range(workers)] if steps else []
+        heapq.heapify(ready)
+        ticks = []
+        for t in range(steps):
+            time_s, w = heapq.heappop(ready)
+            ticks.append(Tick((w,), (version[w],), time_s))
+            done[w], version[w] = done[w] + 1, t + 1
+            if done[w] < steps:
+                heapq.heappush(ready, (time_s + float(seconds[done[w], w]), w))
+        return ticks
 
 
 @final

@@ -285,6 +285,7 @@ def _validated(document: dict[str, Any], definition: StudyDef) -> tuple[StudySpe
     try:
         cell = definition.spec.model_validate(document)
         if not errors:
+            cell.check_given()
             definition.check(cell)
     except ValidationError as error:
         return None, errors + explain(error, definition.spec, document)

@@ -5,25 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..cluster.specs import TIMELINES
-from ..comm.specs import COMPRESSORS
+from ..cluster.specs import DELAYS, STALENESS_RULES, TIMELINES
+from ..comm.specs import COMPRESSORS, POLICIES
 from ..core.errors import UserError, nearest
 from ..core.specs import Option, Registry
 from ..observe.specs import EVALUATED, EXTRA, PER_STEP, Observe
 from ..optim.specs import OPTIMIZERS, SCHEDULES
+from ..perturb.arm_specs import ARMS
 from ..perturb.specs import FAULTS
-from ..workloads.specs import DATASETS, MODELS
+from ..workloads.specs import DATASETS, MODELS, SAMPLERS
 from . import schema
 
 REGISTRIES: dict[str, tuple[Registry, ...]] = {
     "workloads": (DATASETS, MODELS),
     "datasets": (DATASETS,),
     "models": (MODELS,),
+    "samplers": (SAMPLERS,),
     "optimizers": (OPTIMIZERS,),
     "schedules": (SCHEDULES,),
     "faults": (FAULTS,),
+    "arms": (ARMS,),
     "compressors": (COMPRESSORS,),
+    "policies": (POLICIES,),
     "timelines": (TIMELINES,),
+    "delays": (DELAYS,),
+    "staleness_rules": (STALENESS_RULES,),
 }
 
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
+from ..core.errors import UserError
 from ..core.specs import Spec, extent
 from ..observe.specs import Observe
 from ..optim.specs import Adam, Constant, LrSchedule, Optimizer
-from ..workloads.specs import Dataset, Mlp, Mnist5k, Model
+from ..workloads.specs import Dataset, Mlp, Mnist5k, Model, Sampler, Shuffle
 
 
 class StudySpec(Spec):
@@ -19,11 +20,12 @@ class StudySpec(Spec):
 
     study: str
     seed: NonNegativeInt = 0
-    size: Literal["quick", "default", "full"] = extent("default")
+    size: Literal["quick", "small", "default", "medium", "full", "large"] = extent("default")
     device: str = extent(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="one of auto, cpu, cuda, cuda:N, mps"
     )
     processes: NonNegativeInt = extent(0, description="worker processes; 0 = one per core")
+    members_per_block: NonNegativeInt = extent(0, description="models trained together at most; 0 = the stated rule")
     checkpoint_s: PositiveFloat = extent(20.0, description="seconds of work a kill can cost at most")
     dtype: Literal["float32", "float64"] = "float32"
     dataset: Dataset = Mnist5k()
@@ -31,7 +33,26 @@ class StudySpec(Spec):
     optimizer: Optimizer = Adam()
     schedule: LrSchedule = Constant()
     batch_size: PositiveInt = 64
+    sampler: Sampler = Shuffle()
     observe: Observe = Observe()
+
+    def identity(self) -> dict[str, Any]:
+        """As for every block; ``sampler`` is left out at its default, as in the ids of runs made before it existed."""
+        out = super().identity()
+        if self.sampler == Shuffle():
+            del out["sampler"]
+        return out
+
+    def check_given(self) -> None:
+        """Refuse settings that were given although another one makes them meaningless; UserError."""
+        if self.sampler.name == "full" and "batch_size" in self.model_fields_set:
+            raise UserError(
+                "batch_size", self.batch_size, "no batch_size beside sampler = full, which takes all samples"
+            )
+        rooms = [room for room in ("fault", "arm") if getattr(getattr(self, room, None), "name", "none") != "none"]
+        if self.observe.reduce != "none" and rooms:
+            expected = f"none beside {rooms[0]} = {getattr(self, rooms[0]).name}: its effect is measured run by run"
+            raise UserError("observe.reduce", self.observe.reduce, expected)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from .matrixop import DIRECTIONS, OPERANDS, Edit, FaultyOp, Stock
 
 _KINDS: dict[Callable[..., Any], str] = {
     F.linear: "linear",
@@ -28,6 +31,7 @@ _KINDS: dict[Callable[..., Any], str] = {
     F.batch_norm: "batch_norm",
     F.dropout: "dropout",
 }
+_CONV_OPTIONS = ("stride", "padding", "dilation", "groups")
 MATRIX_OPS = ("linear", "conv")  # the operations that run on a matrix unit, where hardware faults are modelled
 
 
@@ -35,8 +39,13 @@ MATRIX_OPS = ("linear", "conv")  # the operations that run on a matrix unit, whe
 class Site:
     """A place in one step: the ``call``-th operation of ``layer``, in which ``direction``, at which ``operand``.
 
-    ``direction``: ``forward`` (``grad_input`` and ``grad_weight`` are reserved); ``operand``: ``a`` (input), ``b``
-    (weight) or ``out`` (result, before the bias is added).
+    ============= ================= ================= ====================================
+    direction     ``a``             ``b``             ``out``
+    ============= ================= ================= ====================================
+    ``forward``     input             weight            result, before the bias is added
+    ``grad_input``  incoming gradient weight            gradient of the input
+    ``grad_weight`` input             incoming gradient gradient of the weight
+    ============= ================= ================= ====================================
     """
 
     layer: str
@@ -45,12 +54,13 @@ class Site:
     operand: str = "out"
 
 
-Edit = Callable[[Tensor], Tensor]
-
-
 @dataclass
 class OpRecord:
-    """What :func:`trace` saw of one operation: shapes as in the traced call, batch axis included."""
+    """What :func:`trace` saw of one operation: shapes as in the traced call, batch axis included.
+
+    ``options``: stride, padding, dilation, groups of a convolution as they were given. ``directions``: which of the
+    three operations a training step makes; the first layer, for instance, needs no gradient of its input.
+    """
 
     layer: str
     call: int
@@ -59,39 +69,36 @@ class OpRecord:
     b: tuple[int, ...]
     out: tuple[int, ...]
     p: float = 0.0  # dropout probability
+    options: Mapping[str, Any] = field(default_factory=dict)
+    directions: tuple[str, ...] = ("forward",)
+
+    def shapes(self, direction: str) -> dict[str, tuple[int, ...]]:
+        """Shape of each operand of the operation in ``direction``; see :class:`Site`."""
+        found = {
+            "forward": (self.a, self.b, self.out),
+            "grad_input": (self.out, self.b, self.a),
+            "grad_weight": (self.a, self.out, self.b),
+        }[direction]
+        return dict(zip(OPERANDS, found, strict=True))
+
+    def stock(self) -> Stock:
+        """The operation itself: input, weight, bias -> result."""
+        if self.kind == "linear":
+            return F.linear
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.b) - 3]
+        return lambda a, b, bias: conv(a, b, bias, **self.options)
 
 
 @dataclass
 class Ops:
     """What is to happen at which operation of one work step; empty = nothing.
 
-    ``edits``: site -> function of the tensor found there; ``masks``: (layer, call) of a dropout -> 0/1 keep mask.
+    ``edits``: site -> function of the tensor found there, called without gradient, that gives what takes its place (a
+    tensor, or :class:`~descentlab.core.matrixop.Lanes`); ``masks``: (layer, call) of a dropout -> 0/1 keep mask.
     """
 
     edits: Mapping[Site, Edit] = field(default_factory=dict)
     masks: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
-
-
-class ReplaceElements(torch.autograd.Function):
-    """Forward: the elements at flat ``index`` become ``value``; backward: the identity.
-
-    A wrong value produced by hardware is not a function of the operands, but the backward pass still runs as if the
-    operation had been right; a plain scatter would zero the gradient at the hit elements.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
-        return x.flatten().index_copy(0, index, value.to(x.dtype)).view(x.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
 
 
 class OpMode(TorchFunctionMode):
@@ -100,6 +107,12 @@ class OpMode(TorchFunctionMode):
     def __init__(self, module: nn.Module, ops: Ops | None = None, record: list[OpRecord] | None = None) -> None:
         super().__init__()
         self.module, self.ops, self.record = module, ops or Ops(), record
+        self._edits: dict[tuple[str, int], dict[tuple[str, str], Edit]] = {}
+        for site, edit in self.ops.edits.items():
+            if site.direction not in DIRECTIONS or site.operand not in OPERANDS:
+                expected = f"a direction of {', '.join(DIRECTIONS)} and an operand of {', '.join(OPERANDS)}"
+                raise ValueError(f"site {site.direction}/{site.operand}: expected {expected}")
+            self._edits.setdefault((site.layer, site.call), {})[site.direction, site.operand] = edit
 
     def __enter__(self) -> OpMode:
         self._names: list[str] = []
@@ -133,23 +146,28 @@ class OpMode(TorchFunctionMode):
         return self._matrix_op(layer, call, kind, func, args, kwargs)
 
     def _matrix_op(self, layer: str, call: int, kind: str, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        kwargs = dict(zip(("input", "weight", "bias"), args[:3], strict=False)) | kwargs
-        rest = args[3:]
-        edits = {op: self.ops.edits.get(Site(layer, call, "forward", op)) for op in ("a", "b", "out")}
-        a, b, bias = kwargs.pop("input"), kwargs.pop("weight"), kwargs.pop("bias", None)
-        if edits["a"] is not None:
-            a = edits["a"](a)
-        if edits["b"] is not None:
-            b = edits["b"](b)
-        if edits["out"] is None:
-            out = func(a, b, bias, *rest, **kwargs)
-        else:  # the matrix unit's result is wrong; the bias is added afterwards
-            out = edits["out"](func(a, b, None, *rest, **kwargs))
-            if bias is not None:
-                out = out + (bias if kind == "linear" else bias.view(-1, *[1] * (b.dim() - 2)))
+        given = dict(zip(("input", "weight", "bias", *_CONV_OPTIONS), args, strict=False)) | kwargs
+        a, b, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        edits = self._edits.get((layer, call))
+        if edits is None:
+            out = func(*args, **kwargs)
+        else:
+            out = self._edited(kind, partial(func, **given), a, b, bias, edits)
         if self.record is not None:
-            self.record.append(OpRecord(layer, call, kind, tuple(a.shape), tuple(b.shape), tuple(out.shape)))
+            needed = [("grad_input", a.requires_grad), ("grad_weight", b.requires_grad)]
+            directions = ("forward", *(name for name, asked in needed if asked))
+            shapes = tuple(a.shape), tuple(b.shape), tuple(out.shape)
+            self.record.append(OpRecord(layer, call, kind, *shapes, options=given, directions=directions))
         return out
+
+    def _edited(
+        self, kind: str, op: Stock, a: Tensor, b: Tensor, bias: Tensor | None, edits: Mapping[tuple[str, str], Edit]
+    ) -> Tensor:
+        if bias is None or ("forward", "out") not in edits:
+            return FaultyOp.apply(a, b, bias, op, edits)
+        out = FaultyOp.apply(a, b, None, op, edits)
+        # the matrix unit's result is wrong; the bias is added afterwards
+        return out + (bias if kind == "linear" else bias.view(-1, *[1] * (b.dim() - 2)))
 
     def _dropout(self, layer: str, call: int, func: Any, args: tuple, kwargs: dict) -> Tensor:
         names = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
@@ -169,6 +187,6 @@ def trace(module: nn.Module, x: Tensor) -> list[OpRecord]:
     """The operations one training forward pass of ``module`` on ``x`` makes, in order. Leaves the module unchanged."""
     record: list[OpRecord] = []
     shadow = copy.deepcopy(module).train()
-    with torch.no_grad(), OpMode(shadow, record=record):
+    with torch.enable_grad(), OpMode(shadow, record=record):  # with gradients, to see which ones a step needs
         shadow(x)
     return record

@@ -73,9 +73,19 @@ class Work(Protocol):
 
 
 class Apply(Protocol):
-    """The server half of a step: one update of ``state`` in place, at per-member learning rates ``lr`` ``[M]``."""
+    """The server half of a step: one update of ``state`` in place, at per-member learning rates ``lr`` ``[M]``.
+
+    ``assign``: member m has the ``variants[m]``-th of the settings in the block, until told otherwise; only blocks of
+    several settings call it.
+    """
 
     def apply(self, state: State, grads: Tree, lr: Tensor) -> None: ...
+
+    def assign(self, variants: Sequence[int]) -> None: ...
+
+
+SERVER_TARGETS = ("weights", "gradient", "slot", "lr")  # what an event can change where the update is made
+WORKER_TARGETS = ("worker_gradient", "buffer", "loss", "labels", "inputs", "batch")  # … on one worker
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,9 @@ class Planned:
     """A perturbation decided before training: no weight is needed, so every optimizer meets the same one.
 
     ``site`` says where, ``index`` which flat elements (torch's logical order), ``rule`` what happens to them
-    (``{"kind": "value", "value": v}``), ``step`` and ``worker`` when and on whom.
+    (``{"kind": "value", "value": v}``), ``step`` and ``worker`` when first and on whom. It acts on each ``every``-th of
+    ``duration`` steps from ``step`` on (None: to the end). The site of an event (anything but an operation) has the
+    target as its direction, the moment as its operand and the pattern of tensor names as its layer.
     """
 
     case: int
@@ -93,15 +105,71 @@ class Planned:
     rule: Mapping[str, Any]
     shape: tuple[int, ...]
     worker: int = 0
+    duration: int | None = 1
+    every: int = 1
+
+    @property
+    def on_server(self) -> bool:
+        """Whether it is an event at the update; all others happen while ``worker`` computes a gradient."""
+        return self.site.direction in SERVER_TARGETS
+
+    @property
+    def event(self) -> bool:
+        """Whether it changes something other than an operation."""
+        return self.on_server or self.site.direction in WORKER_TARGETS
+
+    def steps(self, stop: int) -> range:
+        """The steps before ``stop`` on which it is due."""
+        end = stop if self.duration is None else min(stop, self.step + self.duration)
+        return range(self.step, end, self.every)
+
+    def active(self, step: int) -> bool:
+        """Whether it is due on ``step``."""
+        return step in self.steps(step + 1)
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A realised perturbation: the elements before and after, as they stood in memory."""
+    """A realised perturbation: the elements before and after, as they stood in memory.
+
+    Of an event also which elements were recorded (``index``, of ``tensor``), how many it changed, and why it was not
+    ``applied`` where that is so.
+    """
 
     planned: Planned
     old: tuple[float, ...]
     new: tuple[float, ...]
+    index: tuple[int, ...] | None = None
+    tensor: str = ""
+    elements: int | None = None
+    applied: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Strike:
+    """Events that do the same on this step, one for each of the ``members`` ``[G]`` of an ensemble."""
+
+    planned: Sequence[Planned]
+    members: Sequence[int]
+    replicates: np.ndarray
+    step: int
+
+
+class Effects(Protocol):
+    """What events do to tensors; the same object serves every event of a block."""
+
+    def change(self, strike: Strike, tensors: Tree) -> list[Hit]:
+        """Change the members' rows of ``tensors`` (name -> ``[M, …]``) in place; one Hit per member."""
+        ...
+
+    def fires(self, strike: Strike, probability: float) -> np.ndarray:
+        """Whether an intermittent event acts on this step, bool ``[G]``."""
+        ...
+
+    def other(self, strike: Strike, current: np.ndarray, count: int) -> np.ndarray:
+        """For each member one of ``count`` things that is not the ``current`` one, ``[G]``."""
+        ...
 
 
 class Perturbation(Protocol):
@@ -116,12 +184,46 @@ class Perturbation(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Alarm:
+    """A ``member`` in which ``what`` (a slot, a buffer, the gradient) has a ``value`` beyond its ``bound``.
+
+    ``act``: something is done about it; False: that was tried often enough, the value is accepted.
+    """
+
+    member: int
+    what: str
+    value: float
+    bound: float
+    act: bool = True
+
+
 class Arm(Protocol):
-    """A recovery arm: ``check`` says per member whether something is wrong, ``act`` what to do about it."""
+    """A recovery arm. It remembers what it needs of every member ``[M]`` in ``state.shared["arm"]``.
 
-    def check(self, before: State, grads: Grads, after: State) -> Tensor: ...
+    ``keeps``: how many States from before the last updates it needs. ``rewinds``: the members in alarm are taken back
+    to the oldest of these and run again, instead of ``act``.
+    """
 
-    def act(self, state: State, members: Sequence[int]) -> str: ...
+    name: str
+    keeps: int
+    rewinds: bool
+
+    def start(self, members: int) -> Tree:
+        """Its memory at the start; an entry ``tries`` int64 ``[M]`` counts attempts in a row."""
+        ...
+
+    def edit(self, grads: Tree) -> tuple[Tree, list[Alarm]]:
+        """The gradients ``[M, …]`` to apply, and for which members they were changed."""
+        ...
+
+    def check(self, state: State) -> list[Alarm]:
+        """What is wrong after an update; brings the memory up to date."""
+        ...
+
+    def act(self, state: State, before: State, members: Sequence[int]) -> None:
+        """Mend ``members`` of ``state`` in place; ``before``: all members before the update (or ``state`` itself)."""
+        ...
 
 
 @dataclass
@@ -208,6 +310,50 @@ class Timeline(Protocol):
     """Delay laws that ignore the weights are a table computed ahead: ``ticks`` gives one Tick per server update."""
 
     def ticks(self, workers: int, steps: int, streams: Streams, replicate: int) -> list[Tick]: ...
+
+
+class Delay(Protocol):
+    """How long each worker needs for each of its gradients."""
+
+    def seconds(self, workers: int, steps: int, streams: Streams, replicate: int) -> np.ndarray:
+        """float64 ``[T, W]``, finite, never negative; row i is every worker's i-th gradient, however many rows there
+        are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lateness:
+    """How late a contribution is: ``versions`` int64 ``[M]``, updates since the weights ``read`` ``[M, …]`` by the
+    worker; ``now``: the server's weights before this update."""
+
+    versions: Tensor
+    read: Tree
+    now: Tree
+
+
+class StalenessRule(Protocol):
+    """What the server makes of one worker's gradient that may be late, before anything is compressed or averaged."""
+
+    def adjust(self, grads: Tree, late: Lateness) -> Tree:
+        """Another tree ``[M, …]`` with the names of ``grads``; nothing that is given may be changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankMoment:
+    """When a rank is asked for: before update ``step`` (0-based) of ``epoch`` (0-based)."""
+
+    step: int
+    epoch: int
+
+
+class RankPolicy(Protocol):
+    """Which rank a low-rank compressor has at each update.
+
+    A pure function of the moment, so that a resumed run takes the same ranks. All members of a block share it.
+    """
+
+    def rank(self, moment: RankMoment) -> int: ...
 
 
 class ModuleMaker(Protocol):

@@ -49,6 +49,18 @@ def put(tree: Mapping[str, Any], members: Sequence[int], part: Mapping[str, Any]
     tree_map(write, tree, part)
 
 
+def restore(tree: Mapping[str, Any], member: int, earlier: Mapping[str, Any], row: int) -> None:
+    """Member ``member`` of ``tree`` becomes ``row`` of an ``earlier`` tree, in place; what did not exist then is 0."""
+    for key, now in tree.items():
+        then = earlier.get(key)
+        if isinstance(now, Mapping):
+            restore(now, member, {} if then is None else then, row)
+        elif then is None:
+            now[member] = 0
+        else:
+            now[member] = then[row].to(now.dtype)
+
+
 def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
     """Single-member trees (no member axis) to one tree ``[M, …]``."""
     return tree_map(lambda *ts: torch.stack([t.detach() for t in ts]), trees[0], *trees[1:])
@@ -57,20 +69,3 @@ def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
 def cat(trees: Sequence[Mapping[str, Any]]) -> Tree:
     """Trees ``[M_i, …]`` to one tree ``[sum M_i, …]``."""
     return tree_map(lambda *ts: torch.cat(ts), trees[0], *trees[1:])
-
-
-def member_norm(tree: Mapping[str, Any]) -> Tensor:
-    """Euclidean norm over all leaves, per member: float64 ``[M]`` (float64 so that 1e30 does not overflow)."""
-    squares = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in leaves(tree)]
-    return torch.linalg.vector_norm(torch.stack(squares), dim=0)
-
-
-def member_max_abs(tree: Mapping[str, Any]) -> Tensor:
-    """Largest absolute value over all leaves, per member: float64 ``[M]``; NaN wins, so it is never hidden."""
-    tops = [t.flatten(1).abs().amax(dim=1).double() for t in leaves(tree)]
-    return torch.stack(tops).amax(dim=0)
-
-
-def member_nonfinite(tree: Mapping[str, Any]) -> Tensor:
-    """Number of NaN and Inf elements, per member: int64 ``[M]``."""
-    return torch.stack([(~torch.isfinite(t)).flatten(1).sum(dim=1) for t in leaves(tree)]).sum(dim=0)

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.native import TYPES, enabled
 from ..core.opmode import Ops
 from ..core.protocols import Batch, Grads, Selection
 from ..core.state import State
 from ..core.tree import Tree
-from .native import TYPES, Kernel, kernel
+from .native import Kernel, kernel
 
 aten = torch.ops.aten
 
@@ -125,22 +126,27 @@ class BatchedMlp:
 
     def _native(self, x: Tensor) -> Kernel | None:
         """The compiled step, where it covers these layers and this kind of tensor."""
-        if not self._covered or x.device.type != "cpu" or x.dtype not in TYPES:
+        if not enabled() or not self._covered or x.device.type != "cpu" or x.dtype not in TYPES:
             return None
         return kernel(x.dtype)
 
     def _compiled(self, native: Kernel, params: Tree, batch: Selection) -> Grads:
         x, y = batch.source
-        weights, biases = [params[layer.weight] for layer in self.layers], [params[layer.bias] for layer in self.layers]
-        silu = self.layers[0].activation is nn.SiLU
-        grad_w, grad_b, loss, accuracy = native.step(silu, weights, biases, x.flatten(1), y, batch.index)
+        grad_w, grad_b, loss, accuracy = native.step(*self._network(params), x.flatten(1), y, batch.index)
         grads = {layer.weight: g for layer, g in zip(self.layers, grad_w, strict=True)}
         grads |= {layer.bias: g for layer, g in zip(self.layers, grad_b, strict=True)}
         return Grads({name: grads[name] for name in params}, {}, loss, accuracy)
 
+    def _network(self, params: Tree) -> tuple[bool, list[Tensor], list[Tensor]]:
+        """Whether the activation is SiLU, weights and biases in order: what the compiled functions take."""
+        weights, biases = zip(*((params[layer.weight], params[layer.bias]) for layer in self.layers), strict=True)
+        return self.layers[0].activation is nn.SiLU, list(weights), list(biases)
+
     @torch.no_grad()
     def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~descentlab.core.protocols.Work`."""
+        if (native := self._native(x)) is not None:
+            return native.evaluate(*self._network(view.params), x.flatten(1), y)
         widest = max(view.params[layer.bias].shape[1] for layer in self.layers)
         chunk = max(1, self.EVALUATE_ELEMENTS // (len(x) * widest))
         inputs, parts = x.flatten(1).t(), []

@@ -6,6 +6,7 @@ Engines differ in one thing, which versions of the weights the workers of an upd
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from ..core.opmode import Ops
-from ..core.protocols import Grads, Mean, Measured, Selection
+from ..core.protocols import Grads, Lateness, Mean, Measured, RankMoment, Selection
 from ..core.state import State
-from ..core.tree import Tree, clone, stack, tree_map
+from ..core.tree import Tree, stack, tree_map
+from .events import Events
+from .guard import Guard
 from .hits import Hits
 from .measuring import Measuring
 from .parts import Parts
@@ -54,10 +58,12 @@ class Engine(ABC):
     state: State = field(default=None)  # type: ignore[assignment]
     step: int = 0
     recorder: Recorder = field(default_factory=Recorder)
+    _rank: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.hits = Hits(self.parts, self.recorder)
+        self.hits, self.events = Hits(self.parts, self.recorder), Events(self.parts, self.recorder)
         self.measuring = Measuring(self.parts, self.recorder)
+        self.guard = Guard(self.parts.arm) if self.parts.arm is not None else None
         self.slots = self.plan.slots(max(self.step - 1, 0))  # as they were when the state was saved
         if self.state is None:
             self.state = self.initial_state()
@@ -72,6 +78,8 @@ class Engine(ABC):
         worker: Tree = {"cursor": torch.zeros(members, workers, dtype=torch.int64), "memory": memory}
         if workers > 1:
             worker["buffers"] = tree_map(lambda b: b.unsqueeze(1).repeat(1, workers, *[1] * (b.dim() - 1)), buffers)
+        if self.parts.arm is not None:
+            shared = {**shared, "arm": self.parts.arm.start(members)}
         return State(state.server, worker, shared, state.clock)
 
     @property
@@ -83,8 +91,11 @@ class Engine(ABC):
     def slots(self, slots: tuple[Slot, ...]) -> None:
         self._slots = slots
         self.replicates = np.array([slot.replicate for slot in slots], dtype=np.int64)
-        self._base_rates = [slot.lr for slot in slots]
+        self._base_rates = [(slot.variant, slot.lr) for slot in slots]
+        if len(self.parts.schedules) > 1:
+            self.parts.optimizer.assign([slot.variant for slot in slots])
         self.measuring.bind(slots)
+        self.events.bind(slots)
 
     @abstractmethod
     def round(self) -> Round:
@@ -97,6 +108,9 @@ class Engine(ABC):
     def after_update(self) -> None:  # noqa: B027  (a hook, not every engine needs it)
         """Called when the parameters have moved to version ``self.step + 1``."""
 
+    def on_change(self) -> None:  # noqa: B027  (a hook)
+        """Called when the parameters of version ``self.step`` were changed at rest."""
+
     def on_fork(self, chosen: Sequence[int]) -> None:  # noqa: B027  (a hook)
         """Called when the members became copies of the ``chosen`` old ones."""
 
@@ -104,7 +118,7 @@ class Engine(ABC):
         """One item per update, until every run has stopped."""
         while self.step < self.plan.stop:
             self._fork()
-            yield self._update()
+            yield self.update()
 
     def _fork(self) -> None:
         if self.step not in self.plan.changes:
@@ -115,29 +129,53 @@ class Engine(ABC):
             self.slots, self.state = slots, self.state.take(chosen)
             self.on_fork(chosen)
 
-    def _update(self) -> Progress:
-        state, now = self.state, self.round()
+    def beside(self, slots: tuple[Slot, ...], state: State, step: int, recorder: Recorder) -> Engine:
+        """This engine with other members at another step, on the same parts; what :class:`Guard` repeats steps with."""
+        other = copy.copy(self)
+        other.recorder, other.state, other.step, other._rank = recorder, state, step, None
+        other.hits, other.events = Hits(self.parts, recorder), Events(self.parts, recorder)
+        other.measuring, other.slots = Measuring(self.parts, recorder), slots
+        return other
+
+    def update(self) -> Progress:
+        """One server update of every member."""
+        state, now, guard = self.state, self.round(), self.guard
+        if guard is not None:
+            guard.keep(self)
+        if self.events.before_work(state, self.step):
+            self.on_change()
         contributions = [self._work(now, k) for k in range(now.workers.shape[1])]
         due = self.measuring.due(self.step)
         recording = bool(due) or self.step % self.parts.every == 0
-        before = clone(state.params) if self.measuring.needs_before and recording else None
+        before = self.measuring.before(state.params) if recording or guard is not None else None
         grads = self._exchange(now, [g.grads for g in contributions])
         lr = self._rates()
+        self.events.before_apply(state, self.step, grads, lr)
+        if guard is not None:
+            grads = guard.edit(grads)
         self.parts.optimizer.apply(state, grads, lr)
+        self.events.after_apply(state, self.step)
         self._put_buffers(now, [g.buffers for g in contributions])
         self.after_update()
         loss = torch.stack([g.loss for g in contributions]).mean(0)
         accuracy = torch.stack([g.accuracy for g in contributions]).mean(0)
         self._advance(now)
+        if guard is not None:
+            guard.check(self)
+        measured = Measured(state, grads, loss, accuracy, lr, before, None)
         if recording:
-            self.measuring.record(self.step, Measured(state, grads, loss, accuracy, lr, before, None), due)
+            self.measuring.record(self.step, measured, due, guard.columns() if guard else {})
+        elif guard is not None and guard.alarms:
+            self.measuring.record_alarms(self.step, measured, guard.columns())
         self.step += 1
+        if guard is not None:
+            guard.rewind(self)
         return Progress(self.step, len(self.slots), self.recorder, state)
 
     def _rates(self) -> Tensor:
-        asked = list(zip(self._base_rates, self.state.opt_step.tolist(), strict=True))
-        rates = {pair: self.parts.schedule(*pair) for pair in set(asked)}
-        return torch.tensor([rates[pair] for pair in asked], dtype=torch.float64)
+        asked = list(zip(self._base_rates, self.state.clock["step"].tolist(), strict=True))
+        rates = {who: self.parts.schedules[who[0][0]](who[0][1], who[1]) for who in set(asked)}
+        return torch.tensor([rates[who] for who in asked], dtype=torch.float64)
 
     def _work(self, now: Round, k: int) -> Grads:
         """The k-th contribution of every member; members whose hit is due take the single-member route."""
@@ -145,17 +183,22 @@ class Engine(ABC):
         rows = torch.arange(len(self.slots))
         cursor = state.worker["cursor"][rows, torch.from_numpy(workers)].numpy()
         index = torch.from_numpy(self.parts.sampler.indices(self.replicates, workers, cursor))
-        batch = Selection(self.parts.train, index.to(self.parts.train[0].device))
+        selection = Selection(self.parts.train, index.to(self.parts.train[0].device))
+        batch = self.events.batch(state, self.step, selection, workers, cursor)
         buffers = state.buffers
         if "buffers" in state.worker:
             at = torch.from_numpy(workers)
             buffers = tree_map(lambda b: b[rows, at], state.worker["buffers"])
+        self.events.buffers(state, self.step, buffers, workers)
         view = State({**state.server, "params": self.view(now.versions[:, k]), "buffers": buffers}, clock=state.clock)
         masks = self._masks(workers, cursor)
         due = self.hits.due(self.slots, self.step, workers) if self.step in self.plan.planned_steps else []
-        if not due:
-            return self.parts.many.work(view, batch, Ops(masks=masks) if masks else None)
-        return self.hits.work(self.slots, self.step, view, batch, masks, due)
+        if due or batch is not selection:
+            result = self.hits.work(self.slots, self.step, view, batch, masks, due)
+        else:
+            result = self.parts.many.work(view, batch, Ops(masks=masks) if masks else None)
+        self.events.after_work(state, self.step, result, workers)
+        return result
 
     def _masks(self, workers: np.ndarray, cursor: np.ndarray) -> dict[tuple[str, int], Tensor]:
         """Keep masks of every dropout site, drawn from the streams: ``[M, B, …]``."""
@@ -171,6 +214,9 @@ class Engine(ABC):
 
     def _exchange(self, now: Round, grads: list[Tree]) -> Tree:
         """Drive the compressor's coroutine: the mean over the K contributions answers each collective."""
+        self._resize()
+        if self.parts.staleness_rule is not None:
+            grads = [self._adjusted(now, i, g) for i, g in enumerate(grads)]
         state, k = self.state, len(grads)
         if k == 1:  # views, no copy
             stacked = {n: g.unsqueeze(1) for n, g in grads[0].items()}
@@ -196,9 +242,30 @@ class Engine(ABC):
             return t
 
         tree_map(write, state.worker["memory"], memory)
-        tree_map(lambda t, new: t.copy_(new), state.shared, shared)
+        tree_map(lambda new, t: t.copy_(new), shared, state.shared)
         state.clock["bytes_sent"].add_(sent)
         return mean
+
+    def _adjusted(self, now: Round, k: int, grads: Tree) -> Tree:
+        """The k-th contribution after the staleness rule."""
+        assert self.parts.staleness_rule is not None
+        versions = torch.from_numpy(self.step - now.versions[:, k])
+        late = Lateness(versions, self.view(now.versions[:, k]), self.state.params)
+        return self.parts.staleness_rule.adjust(grads, late)
+
+    def _resize(self) -> None:
+        """Bring the compressor to the rank its policy asks for; where nothing changes, this changes no bit."""
+        if self.parts.rank_policy is None:
+            return
+        sampler, seen = self.parts.sampler, int(self.state.clock["samples"].amax())
+        rank = self.parts.rank_policy.rank(
+            RankMoment(self.step, seen // (sampler.steps_per_epoch * sampler.batch_size))
+        )
+        if not isinstance(rank, int) or rank < 1:
+            raise UserError("compressor.policy", rank, f"a rank of at least 1 at step {self.step}")
+        if rank != self._rank:
+            self.state.shared.update(self.parts.compressor.resize(self.state.shared, rank, self.parts.streams))
+            self._rank = rank
 
     def _put_buffers(self, now: Round, buffers: list[Tree]) -> None:
         """Workers keep their own BatchNorm buffers; the server's are their average, used for evaluation."""

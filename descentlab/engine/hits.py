@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.matrixop import Edit, Lanes
 from ..core.opmode import Ops, Site
 from ..core.protocols import Batch, Grads, Hit
 from ..core.state import State
 from ..core.tree import cat, tree_map
+from .events import Altered
 from .parts import Parts
 from .program import Slot
 from .recorder import Recorder
@@ -37,14 +39,17 @@ class Hits:
         masks: Mapping[tuple[str, int], Tensor],
         due: list[int],
     ) -> Grads:
-        """The worker half of a step with the members ``due`` one by one and all others together."""
-        rest = [m for m in range(len(slots)) if m not in due]
-        groups = [[m] for m in due] + ([rest] if rest else [])
+        """The worker half of a step with the members ``due`` one by one and all others together; those whose data are
+        altered are a group of their own."""
+        altered = [m for m in batch.members if m not in due] if isinstance(batch, Altered) else []
+        rest = [m for m in range(len(slots)) if m not in due and m not in altered]
+        groups = [*([m] for m in due), *(part for part in (altered, rest) if part)]
+        view = State({**view.server, "slots": {}}, clock=view.clock)  # no gradient needs them; the groups are copies
         results = []
         for members in groups:
             part = {k: mask[members] for k, mask in masks.items()}
             part_view, part_batch = view.take(members), batch.take(members)
-            if members is rest:
+            if members is rest or members is altered:
                 results.append(self.parts.many.work(part_view, part_batch, Ops(masks=part) if part else None))
                 continue
             slot = slots[members[0]]
@@ -61,7 +66,7 @@ class Hits:
             tensors |= {f"buffers/{k}": b for k, b in view.buffers.items()} | {"x": batch.x, "y": batch.y}
             self.recorder.scene(slot, {name: t[0].cpu().numpy() for name, t in tensors.items()})
 
-    def _edits(self, slot: Slot, step: int, attempt: int) -> dict[Site, Callable[[Tensor], Tensor]]:
+    def _edits(self, slot: Slot, step: int, attempt: int) -> dict[Site, Edit]:
         """The edit of a perturbed member; for its twin the identity at the same site, so both take the same route."""
         found = slot.planned_at(step)
         assert found is not None and self.parts.perturbation is not None
@@ -71,8 +76,8 @@ class Hits:
         hits: list[Hit] = []
         ops = self.parts.perturbation.realise(planned, hits, attempt=attempt)
 
-        def recorded(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            def apply(x: Tensor) -> Tensor:
+        def recorded(edit: Edit) -> Edit:
+            def apply(x: Tensor) -> Tensor | Lanes:
                 out = edit(x)
                 self.recorder.hit(slot, hits[-1])
                 return out

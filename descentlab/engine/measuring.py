@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.protocols import Measured
+from ..core.tree import Tree, clone
 from .parts import Parts
 from .program import Slot
-from .recorder import Recorder
+from .recorder import Recorder, Scheduled
 
 
 class Measuring:
@@ -20,7 +22,8 @@ class Measuring:
         self.parts, self.recorder = parts, recorder
         self.slots: tuple[Slot, ...] = ()
         needs: set[str] = set().union(*(o.needs for o in parts.observables))
-        self.needs_before = "update" in needs  # a copy of the weights before the update
+        self._needs_before = "update" in needs
+        self._before: Tree = {}
 
     def bind(self, slots: tuple[Slot, ...]) -> None:
         """The members are now ``slots``."""
@@ -28,6 +31,17 @@ class Measuring:
         self._by_schedule: dict[tuple[tuple[int, int], ...], list[int]] = {}
         for m, slot in enumerate(slots):
             self._by_schedule.setdefault(slot.schedule, []).append(m)
+
+    def before(self, params: Tree) -> Tree | None:
+        """A copy of the weights before the update, good until the next call; None if no observable asks for it."""
+        if not self._needs_before:
+            return None
+        held = list(self._before.values())
+        if [t.shape for t in held] == [p.shape for p in params.values()]:
+            torch._foreach_copy_(held, list(params.values()))
+        else:
+            self._before = clone(params)
+        return self._before
 
     def due(self, step: int) -> list[int]:
         """The members whose evaluation falls on this step, in order."""
@@ -42,18 +56,30 @@ class Measuring:
         every = self.parts.evaluate_every
         return step == stop - 1 or (every > 0 and (step - anchor) % every == 0)
 
-    def record(self, step: int, m: Measured, due: Sequence[int]) -> None:
-        """One row per run; scheduled observables only for the members ``due``."""
-        clock = m.state.clock
-        row = {k: clock[k] for k in ("attempt", "epoch", "samples", "virtual_s", "bytes_sent")}
-        row["step"] = torch.full_like(clock["step"], step)
-        for observable in self.parts.observables:
-            row.update(observable.measure(m))
-        self.recorder.rows(self.slots, row, self._scheduled(m, due) if due else {})
+    def record(self, step: int, m: Measured, due: Sequence[int], alarms: Scheduled) -> None:
+        """One row per run; scheduled observables only for the members ``due``, ``alarms`` for those that have one."""
+        found = self._per_step(step, m)
+        self.recorder.rows(self.slots, found, {**(self._scheduled(m, due) if due else {}), **alarms})
 
-    def _scheduled(self, m: Measured, due: Sequence[int]) -> dict[str, dict[int, float]]:
-        """Column -> {member: value} of the observables that need an evaluation."""
-        part, test = m.state.take(due), self.parts.test
+    def record_alarms(self, step: int, m: Measured, alarms: Scheduled) -> None:
+        """Rows for the members in alarm alone, on a step that is not recorded otherwise."""
+        members = list(next(iter(alarms.values()))[0])
+        found = {name: values[members] for name, values in self._per_step(step, m).items()}
+        places = list(range(len(members)))
+        rows = {name: (places, values) for name, (_, values) in alarms.items()}
+        self.recorder.rows(tuple(self.slots[i] for i in members), found, rows)
+
+    def _per_step(self, step: int, m: Measured) -> dict[str, np.ndarray]:
+        clock = m.state.clock
+        found = {k: _array(clock[k]) for k in ("attempt", "epoch", "samples", "virtual_s", "bytes_sent")}
+        found["step"] = np.full(len(self.slots), step)
+        for observable in self.parts.observables:
+            found.update({k: _array(v) for k, v in observable.measure(m).items()})
+        return found
+
+    def _scheduled(self, m: Measured, due: Sequence[int]) -> dict[str, tuple[Sequence[int], np.ndarray]]:
+        """Column -> (members, values) of the observables that need an evaluation."""
+        part, test = m.state if len(due) == len(self.slots) else m.state.take(due), self.parts.test
 
         def evaluate(x: Tensor = test[0], y: Tensor = test[1]) -> tuple[Tensor, Tensor]:
             return self.parts.evaluator.evaluate(part, x, y)
@@ -61,7 +87,14 @@ class Measuring:
         loss, accuracy, lr = (t[list(due)] for t in (m.loss, m.accuracy, m.lr))
         look = Measured(part, {}, loss, accuracy, lr, None, evaluate, test)
         return {
-            name: dict(zip(due, values.tolist(), strict=True))
+            name: (due, _array(values))
             for observable in self.parts.on_schedule
             for name, values in observable.measure(look).items()
         }
+
+
+def _array(t: Tensor) -> np.ndarray:
+    """A copy on the CPU, of a type that numpy has too."""
+    if t.dtype in (torch.bfloat16, torch.float16):
+        t = t.float()
+    return np.array(t.detach().cpu().numpy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core.opmode import OpRecord
-from ..core.protocols import Apply, Compressor, Observable, Perturbation, Work
+from ..core.protocols import Apply, Arm, Compressor, Effects, Observable, Perturbation, RankPolicy, StalenessRule, Work
 from ..core.streams import Streams
 from ..core.tree import Tree
 
@@ -35,7 +35,7 @@ class Parts:
     perturbation: Perturbation | None
     sampler: Sampler
     streams: Streams
-    schedule: Callable[[float, int], float]
+    schedules: Sequence[Callable[[float, int], float]]  # one for each variant of the block
     observables: Sequence[Observable]
     on_schedule: Sequence[Observable]
     train: tuple[Tensor, Tensor]
@@ -44,6 +44,11 @@ class Parts:
     operations: Sequence[OpRecord] = ()
     evaluator: Work = field(kw_only=True)
     workers: int = 1
+    arm: Arm | None = None
+    staleness_rule: StalenessRule | None = None
+    rank_policy: RankPolicy | None = None
     every: int = 1
     evaluate_every: int = 10
     hit_artifacts: bool = False
+    effects: Effects | None = None  # what planned events do; None where a block has none
+    slot_kinds: Mapping[str, str] = field(default_factory=dict)  # an optimizer's own name of a slot -> its kind

@@ -1,4 +1,4 @@
-/* One step of many plain MLPs: gather, forward, cross-entropy, backward; equations in batched_mlp.py.
+/* Steps and evaluations of many plain MLPs: gather, forward, cross-entropy, backward; equations in batched_mlp.py.
  * REAL is float or double. One member at a time, all of it in the first-level cache; samples stand last and are padded
  * with zeros to whole vectors. No allocation, no threads; a NaN stays with its member. */
 #include <math.h>
@@ -74,8 +74,9 @@ static void affine(int out, int in, int nb, const REAL *w, const REAL *b, const 
         }
 }
 
-/* z becomes the gradient at z; mean loss and accuracy. Padded samples have y = -1 and gradient zero. */
-static void cross_entropy(int classes, int batch, int nb, const vec *y, vec *z, REAL *loss, REAL *accuracy) {
+/* z becomes the gradient of the mean loss at z; adds up losses and right answers. Padded samples have y = -1 and
+ * gradient zero. */
+static void cross_entropy(int classes, int batch, int nb, const vec *y, vec *z, double *loss, double *correct) {
     double sum = 0, right = 0, product = 1;
     for (int t = 0; t < nb; t++) {
         vec top = z[t], best = all(0), zero = z[t] * (REAL)0, total = all(0), own = all(0);
@@ -104,8 +105,8 @@ static void cross_entropy(int classes, int batch, int nb, const vec *y, vec *z, 
             if (j % 8 == 7) { sum += log(product); product = 1; } /* one logarithm for eight samples */
         }
     }
-    *loss = (REAL)((sum + log(product)) / batch);
-    *accuracy = (REAL)(right / batch);
+    *loss += sum + log(product);
+    *correct += right;
 }
 
 /* Vectors of one sample's inputs and a one, side by side. */
@@ -173,6 +174,12 @@ static void back_through(int out, int in, int nb, int silu, const REAL *w, const
         }
 }
 
+/* Where a call keeps what: labels, inputs of every layer (a) and outputs before the activation (z), samples last; a
+ * again with samples first and a one behind each (row); two vectors per unit and sample for the way back. */
+struct room {
+    vec *labels, **z, **a, **row, *spare[2];
+};
+
 /* Vectors of scratch that a call needs. */
 int64_t scratch_vectors(int batch, int layers, const int32_t *widths) {
     int64_t rows = 4 + widths[0], widest = 0; /* up to three rows more than inputs, see transpose */
@@ -185,45 +192,67 @@ int64_t scratch_vectors(int batch, int layers, const int32_t *widths) {
     return (rows + 2 * widest) * nb + all_rows;
 }
 
+/* Divides the scratch, all zero afterwards; batch samples, padded to nb vectors. */
+static void lay_out(struct room *r, int batch, int nb, int layers, const int32_t *widths, vec *scratch) {
+    int64_t widest = 0, rows = 4 + widths[0];
+    memset(scratch, 0, scratch_vectors(batch, layers, widths) * sizeof(vec));
+    r->labels = scratch;
+    r->a[0] = scratch + nb;
+    for (int l = 0; l < layers; l++) {
+        r->z[l] = scratch + rows * nb;
+        if (l + 1 < layers) r->a[l + 1] = r->z[l] + widths[l + 1] * nb;
+        rows += 2 * widths[l + 1];
+        if (widths[l + 1] > widest) widest = widths[l + 1];
+    }
+    r->spare[0] = scratch + rows * nb;
+    r->spare[1] = scratch + (rows + widest) * nb;
+    r->row[0] = r->spare[1] + widest * nb;
+    for (int l = 1; l < layers; l++) r->row[l] = r->row[l - 1] + (int64_t)row_vectors(widths[l - 1]) * nb * LANES;
+}
+
+/* Takes the samples index[0] to index[batch - 1] of the set (index null: the first ones) into the room. */
+static void gather(struct room *r, int batch, int nb, int in, const REAL *x, const int64_t *y, const int64_t *index) {
+    int stride = row_vectors(in) * LANES, padded = nb * LANES;
+    REAL *labels = (REAL *)r->labels, *first = (REAL *)r->row[0];
+    for (int j = 0; j < batch; j++) {
+        int64_t sample = index ? index[j] : j;
+        labels[j] = (REAL)y[sample];
+        memcpy(first + j * stride, x + sample * in, in * sizeof(REAL));
+        first[j * stride + in] = 1;
+    }
+    for (int j = batch; j < padded; j++) labels[j] = -1;
+    transpose(padded, in, first, stride, (REAL *)r->a[0], padded);
+}
+
+/* Forward pass of member m. */
+static void forward(struct room *r, int m, int nb, int layers, const int32_t *widths, int silu, REAL *const *w,
+                    REAL *const *b) {
+    for (int l = 0; l < layers; l++) {
+        int in = widths[l], out = widths[l + 1];
+        const vec *z = r->z[l];
+        affine(out, in, nb, w[l] + (int64_t)m * out * in, b[l] + (int64_t)m * out, r->a[l], r->z[l]);
+        if (l + 1 < layers)
+            for (int k = 0; k < out * nb; k++)
+                r->a[l + 1][k] = silu ? z[k] * sigmoid(z[k]) : choose(z[k] <= all(0), all(0), z[k]);
+    }
+}
+
 /* x [n, widths[0]] and y [n] hold the training set, index [members, batch] says which samples each member sees;
  * w, b, gw, gb: one pointer per layer to [members, …]; scratch: 64-byte aligned. */
 void step(int members, int batch, int layers, const int32_t *widths, int silu, const REAL *x, const int64_t *y,
           const int64_t *index, REAL *const *w, REAL *const *b, REAL *const *gw, REAL *const *gb, REAL *loss,
           REAL *accuracy, vec *scratch) {
     int nb = (batch + LANES - 1) / LANES, padded = nb * LANES;
-    int64_t widest = 0, rows = 4 + widths[0];
-    memset(scratch, 0, scratch_vectors(batch, layers, widths) * sizeof(vec));
     vec *z[layers], *a[layers], *row[layers];
-    a[0] = scratch + nb;
-    for (int l = 0; l < layers; l++) {
-        z[l] = scratch + rows * nb;
-        if (l + 1 < layers) a[l + 1] = z[l] + widths[l + 1] * nb;
-        rows += 2 * widths[l + 1];
-        if (widths[l + 1] > widest) widest = widths[l + 1];
-    }
-    vec *spare[2] = {scratch + rows * nb, scratch + (rows + widest) * nb};
-    row[0] = spare[1] + widest * nb;
-    for (int l = 1; l < layers; l++) row[l] = row[l - 1] + (int64_t)row_vectors(widths[l - 1]) * padded;
-    REAL *labels = (REAL *)scratch, *inputs = (REAL *)a[0];
-    for (int j = batch; j < padded; j++) labels[j] = -1;
+    struct room r = {.z = z, .a = a, .row = row};
+    lay_out(&r, batch, nb, layers, widths, scratch);
     for (int m = 0; m < members; m++) {
-        REAL *first = (REAL *)row[0];
-        int stride = row_vectors(widths[0]) * LANES;
-        for (int j = 0; j < batch; j++) {
-            int64_t sample = index[(int64_t)m * batch + j];
-            labels[j] = (REAL)y[sample];
-            memcpy(first + j * stride, x + sample * widths[0], widths[0] * sizeof(REAL));
-            first[j * stride + widths[0]] = 1;
-        }
-        transpose(padded, widths[0], first, stride, inputs, padded);
-        for (int l = 0; l < layers; l++) {
-            int in = widths[l], out = widths[l + 1];
-            affine(out, in, nb, w[l] + (int64_t)m * out * in, b[l] + (int64_t)m * out, a[l], z[l]);
-            if (l + 1 < layers)
-                for (int k = 0; k < out * nb; k++)
-                    a[l + 1][k] = silu ? z[l][k] * sigmoid(z[l][k]) : choose(z[l][k] <= all(0), all(0), z[l][k]);
-        }
-        cross_entropy(widths[layers], batch, nb, scratch, z[layers - 1], loss + m, accuracy + m);
+        double sum = 0, right = 0;
+        gather(&r, batch, nb, widths[0], x, y, index + (int64_t)m * batch);
+        forward(&r, m, nb, layers, widths, silu, w, b);
+        cross_entropy(widths[layers], batch, nb, r.labels, z[layers - 1], &sum, &right);
+        loss[m] = (REAL)(sum / batch);
+        accuracy[m] = (REAL)(right / batch);
         const vec *g = z[layers - 1];
         for (int l = layers - 1; l >= 0; l--) {
             int in = widths[l], out = widths[l + 1];
@@ -235,9 +264,32 @@ void step(int members, int batch, int layers, const int32_t *widths, int silu, c
             }
             weight_gradients(out, in, padded, (const REAL *)g, row[l], gw[l] + at, gb[l] + (int64_t)m * out);
             if (l > 0) {
-                back_through(out, in, nb, silu, w[l] + at, g, z[l - 1], spare[l % 2]);
-                g = spare[l % 2];
+                back_through(out, in, nb, silu, w[l] + at, g, z[l - 1], r.spare[l % 2]);
+                g = r.spare[l % 2];
             }
         }
+    }
+}
+
+/* Mean loss and accuracy of every member on the whole set x [n, widths[0]], y [n], taken batch samples at a time;
+ * scratch as for a step of batch samples. */
+void evaluate(int members, int64_t n, int batch, int layers, const int32_t *widths, int silu, const REAL *x,
+              const int64_t *y, REAL *const *w, REAL *const *b, double *loss, double *accuracy, vec *scratch) {
+    int nb = (batch + LANES - 1) / LANES;
+    vec *z[layers], *a[layers], *row[layers];
+    struct room r = {.z = z, .a = a, .row = row};
+    lay_out(&r, batch, nb, layers, widths, scratch);
+    for (int m = 0; m < members; m++) loss[m] = accuracy[m] = 0;
+    for (int64_t first = 0; first < n; first += batch) {
+        int count = n - first < batch ? (int)(n - first) : batch;
+        gather(&r, count, nb, widths[0], x + first * widths[0], y + first, NULL);
+        for (int m = 0; m < members; m++) {
+            forward(&r, m, nb, layers, widths, silu, w, b);
+            cross_entropy(widths[layers], count, nb, r.labels, z[layers - 1], loss + m, accuracy + m);
+        }
+    }
+    for (int m = 0; m < members; m++) {
+        loss[m] /= n;
+        accuracy[m] /= n;
     }
 }

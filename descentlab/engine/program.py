@@ -47,6 +47,8 @@ class RunPlan:
     planned: tuple[Planned, ...] = ()
     perturbed: bool = False
     anchor: int = 0
+    variant: int = 0  # which of the block's optimizer settings and schedules it has
+    group: int = 0  # which of the block's cells it belongs to, perturbed runs and others apart
 
     def forks_at(self) -> int | None:
         """The first step at which this run differs from its twin."""
@@ -67,16 +69,21 @@ class Slot:
     def lr(self) -> float:
         return self.runs[0].lr
 
+    @property
+    def variant(self) -> int:
+        return self.runs[0].variant
+
     @cached_property
     def schedule(self) -> tuple[tuple[int, int], ...]:
         """(stop, anchor) of each run: what decides when this member is evaluated."""
         return tuple((run.stop, run.anchor) for run in self.runs)
 
     def planned_at(self, step: int) -> tuple[Planned, bool] | None:
-        """The perturbation due at ``step``, and whether this member meets it or is only the twin of one that does."""
+        """The perturbation of an operation due at ``step``, and whether this member meets it or is only the twin of one
+        that does. (Events need no route of their own: see :mod:`descentlab.engine.events`.)"""
         for run in self.runs:
             for p in run.planned:
-                if p.step == step:
+                if not p.event and p.active(step):
                     return p, run.perturbed
         return None
 
@@ -91,7 +98,7 @@ class BlockPlan:
     runs: tuple[RunPlan, ...]
     share_prefix: bool = True
 
-    @property
+    @cached_property
     def stop(self) -> int:
         return max(r.stop for r in self.runs)
 
@@ -103,13 +110,14 @@ class BlockPlan:
 
     @cached_property
     def planned_steps(self) -> frozenset[int]:
-        """The steps at which any run meets a perturbation, or is the twin of one that does."""
-        return frozenset(p.step for run in self.runs for p in run.planned)
+        """The steps at which any run meets a perturbation of an operation, or is the twin of one that does."""
+        due = {p.steps(run.stop) for run in self.runs for p in run.planned if not p.event}
+        return frozenset(step for steps in due for step in steps)
 
     def slots(self, step: int) -> tuple[Slot, ...]:
         """The ensemble's members at ``step``: a pure function of the plan, so a resumed block rebuilds it.
 
-        Runs of one replicate and learning rate share a member until the first of them meets its perturbation.
+        Runs of one replicate, learning rate and variant share a member until the first of them meets its perturbation.
         """
         groups: dict[Any, list[RunPlan]] = {}
         for run in self.runs:
@@ -117,7 +125,7 @@ class BlockPlan:
                 continue
             fork = run.forks_at()
             apart = not self.share_prefix or (fork is not None and step >= fork)
-            groups.setdefault((run.replicate, run.lr, run.id if apart else None), []).append(run)
+            groups.setdefault((run.replicate, run.lr, run.variant, run.id if apart else None), []).append(run)
         return tuple(Slot(tuple(runs)) for runs in groups.values())
 
     def work_units(self) -> int:

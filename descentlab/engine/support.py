@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 ENGINES = ("lockstep", "virtual", "process")
-ROOMS = ("fault", "timeline", "compressor", "optimizer", "schedule")
-_ABSENT = ("fault:none", "compressor:none", "schedule:constant")
+ROOMS = ("fault", "arm", "timeline", "staleness_rule", "compressor", "policy", "optimizer", "schedule")
+_ABSENT = ("fault:none", "arm:none", "staleness_rule:none", "compressor:none", "policy:fixed", "schedule:constant")
 
 _LOCKSTEP = {"timeline": "lockstep reads the current weights; use engine virtual"}
 _PROCESS = {
     "fault": "which update of the parameter server a worker's gradient becomes is known only afterwards; "
     "use engine virtual",
+    "arm": "a parameter server does not stop the workers that go on computing on what an arm takes back; "
+    "use engine virtual",
     "timeline": "the parameter server's staleness is whatever its processes happen to do; use engine virtual",
+    "staleness_rule": "the parameter server keeps no older weights for a rule to compare with; use engine virtual",
     "compressor": "not supported by the parameter server yet; use engine virtual",
+    "policy": "the parameter server sends gradients whole; use engine virtual",
 }
 
 
@@ -21,8 +25,9 @@ def refusal(engine: str, conditions: Iterable[str]) -> str | None:
     """Why ``engine`` cannot run these conditions together, or None when it can.
 
     A condition is ``room:option``, such as ``fault:N16_RD``, ``timeline:constant``, ``compressor:powersgd``,
-    ``optimizer:adam``, ``schedule:linear``; options that change nothing (``fault:none``) may be named. ValueError for
-    an engine or a room this function does not know, so that a new one cannot slip through.
+    ``policy:schedule`` (of a compressor's rank), ``optimizer:adam``, ``schedule:linear``; options that change nothing
+    (``fault:none``) may be named. ValueError for an engine or a room this function does not know, so that a new one
+    cannot slip through.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine = {engine!r}: expected one of {', '.join(ENGINES)}")

@@ -44,7 +44,9 @@ class Virtual(Engine):
             _check(table[replicate], self.parts.workers)
         for run in self.plan.runs:
             for p in run.planned:
-                if p.step < run.stop and p.worker not in table[run.replicate][p.step].workers:
+                if p.on_server or p.step >= run.stop:
+                    continue
+                if p.worker not in table[run.replicate][p.step].workers:
                     raise ValueError(f"run {run.id}: worker {p.worker} does not contribute to update {p.step}")
         return table
 
@@ -71,7 +73,13 @@ class Virtual(Engine):
         return tree_map(lambda ring: ring[rows, place], self.state.worker["ring"])
 
     def after_update(self) -> None:
-        place = (self.step + 1) % self.versions_kept
+        self._store(self.step + 1)
+
+    def on_change(self) -> None:
+        self._store(self.step)
+
+    def _store(self, version: int) -> None:
+        place = version % self.versions_kept
         for name, ring in self.state.worker["ring"].items():
             ring[:, place] = self.state.params[name]
 

@@ -59,8 +59,13 @@ def joined(parts: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]) -> tup
     """Means over all samples from the means over pieces of ``counts`` samples; one piece stays as it is."""
     if len(parts) == 1:
         return parts[0]
-    loss, accuracy = (sum(v * (n / sum(counts)) for v, n in zip(vs, counts, strict=True)) for vs in zip(*parts))
-    return loss, accuracy
+    shares = [n / sum(counts) for n in counts]
+    losses, accuracies = zip(*parts, strict=True)
+    return _weighted(losses, shares), _weighted(accuracies, shares)
+
+
+def _weighted(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.stack([v * share for v, share in zip(values, shares, strict=True)]).sum(0)
 
 
 class MemberWork:

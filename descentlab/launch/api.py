@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from ..config.yaml12 import dump
 from ..core.errors import StudyError, UserError
 from ..store import BlockWriter, RunDirectory
 from ..store import load as load_results
+from ..store.atomic import DISK_FULL
 from ..store.provenance import record
+from ..workloads.datasets.specs import Downloaded
+from .isolate import attempt, isolate
 from .pool import Outcome, Pool
 from .prepare import prepare, resolved_rows
 from .progress import Progress
@@ -52,6 +56,8 @@ def run(
             directory = RunDirectory.create(out, resolved.study.name, document, overwrite=overwrite)
             with directory.lock():
                 _write_plan(resolved, directory, prepared)
+                for notice in prepared["notices"]:
+                    print(f"note: {notice}", file=sys.stderr)
                 outcomes = _execute(resolved, directory, prepared["plan"], pool, stop)
                 code = _conclude(directory, outcomes, interrupted=stop.is_set())
                 if with_report and code != 130 and _any_finished(directory):
@@ -120,12 +126,19 @@ def _execute(
         print(f"resuming: {done} of {len(wanted)} runs are done", file=sys.stderr)
     keys = [b["key"] for b in pending]
     threading.Thread(target=_warm_up, args=(resolved,), daemon=True).start()
-    with Progress(sum(b["member_steps"] for b in pending), resolved.study.name) as progress:
+
+    def work(keys: list[str], tick: Callable[[int], None]) -> list[Outcome]:
         if pool is not None:
-            outcomes = pool.run(directory.path, keys, tick=progress.tick, stop=stop.is_set)
-        else:
-            outcomes = _in_process(directory.path, keys, progress, stop)
+            return pool.run(directory.path, keys, tick=tick, stop=stop.is_set)
+        return _in_process(directory, keys, tick, stop)
+
+    with Progress(sum(b["member_steps"] for b in pending), resolved.study.name) as progress:
+        outcomes = work(keys, progress.tick)
+    if not any(o.message.startswith(DISK_FULL) for o in outcomes):
+        outcomes = isolate(directory, outcomes, lambda parts: work([p["key"] for p in parts], lambda steps: None))
     for outcome in outcomes:
+        if outcome.state == "failed" and outcome.message.startswith(DISK_FULL):
+            raise StudyError(outcome.message)  # there is no room to write it down
         if outcome.state == "failed":
             BlockWriter(directory, outcome.key).fail(outcome.message)
             directory.event("failed", outcome.message, block=outcome.key)
@@ -140,7 +153,9 @@ def _warm_up(resolved: Resolved) -> None:
             importlib.import_module(name)
 
 
-def _in_process(path: Path, keys: Sequence[str], progress: Progress, stop: threading.Event) -> list[Outcome]:
+def _in_process(
+    directory: RunDirectory, keys: Sequence[str], tick: Callable[[int], None], stop: threading.Event
+) -> list[Outcome]:
     import torch
 
     from .block import run_block
@@ -152,7 +167,8 @@ def _in_process(path: Path, keys: Sequence[str], progress: Progress, stop: threa
         for key in keys:
             if stop.is_set():
                 break
-            outcomes.append(Outcome(key, run_block(path, key, tick=progress.tick, stop=stop.is_set)))
+            work = partial(run_block, directory.path, key, tick=tick, stop=stop.is_set)
+            outcomes.append(attempt(directory, key, work))
     finally:
         torch.set_num_threads(threads)
     return outcomes
@@ -206,6 +222,12 @@ def estimate(resolved: Resolved) -> list[str]:
     from .plan import make_plan
 
     _check_device(resolved)
+    if absent := _absent(resolved):
+        return [
+            f"{len(resolved.runs)} runs; not on this machine, and not downloaded by a dry run: {', '.join(absent)}",
+            "not checked: blocks, cost, and whether model, batch size and faults fit the data; "
+            f"descentlab fetch {absent[0]} gets the data",
+        ]
     plan, _ = make_plan(resolved, {})
     units = sum(b["member_steps"] for b in plan["blocks"])
     cost = _seconds_per_unit(plan)
@@ -216,6 +238,12 @@ def estimate(resolved: Resolved) -> list[str]:
         f"{len(resolved.runs)} runs in {len(plan['blocks'])} blocks, {units} member-steps",
         f"about {shown} on {processes} processes ({1e6 * cost:.0f} us per member-step, measured now)",
     ]
+
+
+def _absent(resolved: Resolved) -> list[str]:
+    """Names of the datasets that ``run`` would have to download."""
+    datasets = {cell.dataset.name: cell.dataset for cell in resolved.cells}
+    return [name for name, d in datasets.items() if isinstance(d, Downloaded) and not d.present()]
 
 
 def _seconds_per_unit(plan: dict[str, Any], updates: int = 12) -> float:

@@ -14,9 +14,15 @@ from ..core.state import State
 from ..engine.driver import Engine
 from ..engine.lockstep import Lockstep
 from ..engine.recorder import Recorder
+from ..engine.reducing import ReducingRecorder
 from ..store import BlockWriter, RunDirectory
+from ..store.moments import moments_file
 from .build import build_parts
+from .compiled import as_planned
+from .memory import naming_the_knob
 from .plan import SEMANTICS, Block, read_block
+
+ROWS_HELD = 2**16  # rows kept in memory until they are written; about 8 MB
 
 
 def open_block(directory: RunDirectory, key: str) -> tuple[Block, StudySpec]:
@@ -32,12 +38,34 @@ def open_block(directory: RunDirectory, key: str) -> tuple[Block, StudySpec]:
 
 def build_engine(block: Block, cell: Any, state: State | None, step: int, recorder: Recorder) -> Engine:
     """The engine the block's study asked for, at the given state."""
-    parts = build_parts(cell, block.plan.route)
+    own = [type(cell).model_validate({**block.settings, **_with_lr(v, cell)}) for v in block.variants]
+    parts = build_parts(cell, block.plan.route, own, block.update)
+    if isinstance(recorder, ReducingRecorder):
+        parts.observables = [*parts.observables, recorder]
     if block.engine == "lockstep":
         return Lockstep(block.plan, parts, state, step, recorder)  # type: ignore[arg-type]
     from ..engine.virtual import Virtual
 
     return Virtual(block.plan, parts, state, step, recorder, timeline=cell.timeline.build())  # type: ignore[arg-type]
+
+
+def make_recorder(cell: Any, **state: Any) -> Recorder:
+    """Rows, or moments over runs where the settings ask for them; ``state`` as a checkpoint holds it."""
+    observe = cell.observe
+    if observe.reduce == "none" and observe.weights == "none":
+        return Recorder(**state)
+    return ReducingRecorder(
+        **state,
+        keep_rows=observe.reduce == "none",
+        weights=observe.weights,
+        weights_every=observe.weights_every,
+        coordinates=tuple(observe.coordinates),
+    )
+
+
+def _with_lr(variant: dict[str, Any], cell: Any) -> dict[str, Any]:
+    """A variant as settings; its rate does not matter, every member has its own."""
+    return {**variant, "optimizer": {"lr": cell.optimizer.lr, **variant["optimizer"]}} if variant else {}
 
 
 def run_block(
@@ -54,13 +82,26 @@ def run_block(
     writer = BlockWriter(directory, key, semantics=SEMANTICS, runs=ids, steps=block.plan.stop)
     if writer.is_done:
         return "done"
+    plan = directory.read_json("plan.json")
+    what = f"a block of {len(block.plan.runs)} members with batch_size = {cell.batch_size}"
+    with naming_the_knob(what), as_planned(plan, cell.dtype):
+        return _train(writer, block, cell, tick, stop)
+
+
+def _train(
+    writer: BlockWriter, block: Block, cell: StudySpec, tick: Callable[[int], None], stop: Callable[[], bool]
+) -> str:
+    """From the last checkpoint to the end, or until ``stop``."""
     saved = writer.resume()
-    recorder, state, step = Recorder(), None, 0
+    recorder, state, step, ring = make_recorder(cell), None, 0, {}
     if saved is not None:
         held, step = saved
         state = State.from_state_dict(held["state"])
-        recorder = Recorder(clock_s=held["wall_s"], diverged=dict(held["diverged"]))
+        recorder = make_recorder(cell, clock_s=held["wall_s"], diverged=dict(held["diverged"]))
+        ring = held["ring"]
     engine = build_engine(block, cell, state, step, recorder)
+    if engine.guard is not None:
+        engine.guard.load(ring, block.plan)
     names = {run.id: cell.optimizer.name for run in block.plan.runs}
     due = time.monotonic() + cell.checkpoint_s
     for progress in engine.run():
@@ -69,8 +110,12 @@ def run_block(
         if stopping or time.monotonic() >= due:
             _flush(writer, recorder, names)
             held = {"state": engine.state.state_dict(), "wall_s": recorder.now(), "diverged": dict(recorder.diverged)}
+            held["ring"] = engine.guard.state_dict() if engine.guard is not None else {}
             writer.checkpoint(held, engine.step)
             due = time.monotonic() + cell.checkpoint_s
+        elif len(recorder) >= ROWS_HELD:
+            _flush(writer, recorder, names)
+            writer.spill()
         if stopping:
             return "interrupted"
     _flush(writer, recorder, names)
@@ -81,6 +126,8 @@ def run_block(
 def _flush(writer: BlockWriter, recorder: Recorder, optimizers: dict[str, str]) -> None:
     for run, arrays in recorder.scenes().items():  # before the checkpoint that covers the hit; a resumed block writes
         writer.artifact(f"hit-{run}.npz", arrays)  # the same content again
+    if isinstance(recorder, ReducingRecorder) and (moments := recorder.take()):
+        writer.artifact(moments_file(moments), moments)
     columns, hits = recorder.flush()
     if columns:
         writer.rows(columns)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,21 +11,30 @@ from torch import nn
 
 from ..config.tree import StudySpec
 from ..core.errors import UserError
+from ..core.footprint import footprint
 from ..core.opmode import OpRecord, trace
-from ..core.protocols import Work
+from ..core.protocols import Apply, Work
 from ..core.streams import Streams
 from ..core.tree import Tree
 from ..engine.batched_mlp import BatchedMlp, plain_layers
-from ..engine.parts import Parts
+from ..engine.parts import Parts, Sampler
 from ..engine.program import Route, choose_route
 from ..engine.work import MemberWork, VmapWork
 from ..observe.extra import load as load_observables
+from ..observe.specs import Observe
 from ..observe.training import STANDARD, TestSet
-from ..optim.stacked import StackedOptimizer
-from ..perturb.forward import ForwardFaultModel
+from ..optim.stacked import SLOT_KINDS, StackedOptimizer
+from ..optim.vectorised import VectorisedOptimizer
+from ..perturb.events import EventEffects, EventModel, Layout
 from ..workloads.base import Data, Workload
+from ..workloads.loading import load_data
 from ..workloads.models.mlp import MLP
-from ..workloads.sampler import Shuffled
+from .arms import arm_of, with_switch
+from .conditions import conditions
+from .memory import bytes_per_member, free_bytes, is_out_of_memory
+from .packing import Update
+
+COVARIANCE_AT_MOST = 2000  # weights: 32 MB for every look at them
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -42,37 +51,18 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device(asked)
 
 
-@lru_cache(maxsize=4)
-def _data(text: str, spec: Any) -> Data:
-    return spec.value.build()
-
-
-@dataclass(frozen=True)
-class _Key:
-    """Hashes by nothing, so that :func:`lru_cache` keys on the text beside it alone (a spec may hold lists)."""
-
-    value: Any
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key)
-
-
-def load_data(spec: Any) -> Data:
-    """The dataset, read once per process."""
-    return _data(spec.model_dump_json(), _Key(spec))
-
-
 @dataclass(frozen=True)
 class Site:
-    """What planning needs of a cell: its operations, the length of an epoch, its streams and its route."""
+    """What planning needs of a cell: its operations, the length of an epoch, its streams and its route; what a member
+    of its ensemble needs of an accelerator's memory, and what is free there (None: not an accelerator's)."""
 
     operations: list[OpRecord]
     steps_per_epoch: int
     streams: Streams
     route: Route
+    layout: Layout
+    bytes_per_member: int
+    free_bytes: int | None
 
 
 def workload(cell: StudySpec) -> Workload:
@@ -80,7 +70,7 @@ def workload(cell: StudySpec) -> Workload:
     dtype = getattr(torch, cell.dtype)
     data = load_data(cell.dataset)
     n = len(data.x_train)
-    if cell.batch_size > n:
+    if cell.sampler.name != "full" and cell.batch_size > n:
         raise UserError("batch_size", cell.batch_size, f"at most the {n} training samples of '{data.name}'")
     return Workload.of(data, cell.model.build(), dtype=dtype, device=resolve_device(cell.device))
 
@@ -89,15 +79,57 @@ def survey(cell: StudySpec) -> Site:
     """Trace one batch through the model: which operations a perturbation can reach."""
     load_observables(cell.observe.extra)
     streams, work = Streams(cell.seed), workload(cell)
-    sample = work.data.x_train[: cell.batch_size]
+    sampler = _sampler(cell, work.data, streams)
+    sample = work.data.x_train[: sampler.batch_size]
     module = _module(work, streams)
+    _check_looks(cell.observe, module)
     try:
         operations = trace(module, sample)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         shape = tuple(sample.shape[1:])
         raise UserError("model", cell.model.name, f"a model that accepts inputs of shape {shape} ({error})") from None
     route = choose_route(device=work.device.type, operations=operations)
-    return Site(operations, len(work.data.x_train) // cell.batch_size, streams, route)
+    layout = _layout(cell, module, work.data, sampler.batch_size)
+    size = bytes_per_member(
+        layout.params,
+        layout.buffers,
+        kept=footprint(module, work.data.x_train).kept,
+        batch_size=sampler.batch_size,
+        workers=layout.workers,
+        element_size=getattr(torch, cell.dtype).itemsize,
+    )
+    return Site(operations, sampler.steps_per_epoch, streams, route, layout, size, free_bytes(work.device))
+
+
+def _layout(cell: StudySpec, module: nn.Module, data: Data, batch_size: int) -> Layout:
+    """Shapes an event can reach."""
+    return Layout(
+        params={name: tuple(p.shape) for name, p in module.named_parameters()},
+        buffers={name: tuple(b.shape) for name, b in module.named_buffers() if b.is_floating_point()},
+        inputs=(batch_size, *data.x_train.shape[1:]),
+        labels=(batch_size, *data.y_train.shape[1:]),
+        classes=data.classes,
+        real_inputs=data.x_train.is_floating_point(),
+        bits=torch.finfo(getattr(torch, cell.dtype)).bits,
+        workers=getattr(cell, "workers", 1),
+    )
+
+
+def _check_looks(observe: Observe, module: nn.Module) -> None:
+    """Whether the model has the weights that ``observe.weights`` is to look at, and not too many for a matrix."""
+    held = sum(p.numel() for p in module.parameters())
+    if observe.coordinates and max(observe.coordinates) >= held:
+        raise UserError("observe.coordinates", max(observe.coordinates), f"places in the {held} weights, from 0")
+    looked = len(observe.coordinates) or held
+    if observe.weights == "covariance" and looked > COVARIANCE_AT_MOST:
+        expected = f"at most {COVARIANCE_AT_MOST} weights for a matrix, not {looked}; choose observe.coordinates"
+        raise UserError("observe.weights", "covariance", expected)
+
+
+def _sampler(cell: StudySpec, data: Data, streams: Streams) -> Sampler:
+    return cell.sampler.build()(len(data.x_train), cell.batch_size, streams)
 
 
 def _module(work: Workload, streams: Streams) -> nn.Module:
@@ -107,20 +139,31 @@ def _module(work: Workload, streams: Streams) -> nn.Module:
     return module
 
 
-def _vectorised(module: nn.Module, work: Workload) -> Work:
+def _vectorised(module: nn.Module, work: Workload, per_sample: int) -> Work:
     """The stated rule (docs/decisions/0004-plain-mlps.md): a plain MLP with a cross-entropy loss is written out,
     everything else is vectorised by ``vmap``."""
     chain = module.layers if type(module) is MLP else module if type(module) is nn.Sequential else None
     layers = plain_layers(module, chain) if isinstance(chain, nn.Sequential) and work.data.classes else None
-    return BatchedMlp(layers) if layers else VmapWork(module, work)
+    return BatchedMlp(layers) if layers else VmapWork(module, work, per_sample)
 
 
-def build_parts(cell: StudySpec, route: Route) -> Parts:
-    """Everything one block of this cell needs."""
+def _optimizer(cells: Sequence[StudySpec], update: Update) -> Apply:
+    """The update of members that have the optimizers of ``cells``; see :func:`.packing.choose_update`."""
+    rules = [cell.optimizer.build() for cell in cells]
+    if update == "vectorised":
+        return VectorisedOptimizer(rules)
+    return StackedOptimizer(rules[0], rules=rules, by_rate=update == "slices")
+
+
+def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (), update: Update = "slices") -> Parts:
+    """Everything one block of this cell needs. ``variants``: cells with the optimizers and schedules that its members
+    have, ``cell`` alone where empty."""
+    variants = variants or (cell,)
     streams, work = Streams(cell.seed), workload(cell)
     module = _module(work, streams)
-    single = MemberWork(module, work)
-    many = single if route == "member" else _vectorised(_module(work, streams), work)
+    per_sample = footprint(module, work.data.x_train).largest
+    single = MemberWork(module, work, per_sample)
+    many = single if route == "member" else _vectorised(_module(work, streams), work, per_sample)
 
     def fresh(replicate: int) -> tuple[Tree, Tree]:
         made = work.module(streams, replicate)
@@ -129,18 +172,20 @@ def build_parts(cell: StudySpec, route: Route) -> Parts:
 
     extra = load_observables(cell.observe.extra)
     fault = getattr(cell, "fault", None)
-    compressor = getattr(cell, "compressor", None)
+    found = conditions(cell)
     data = work.data
-    operations = trace(module, data.x_train[: cell.batch_size])
+    sampler = _sampler(cell, data, streams)
+    operations = trace(module, data.x_train[: sampler.batch_size])
     return Parts(
         many=many,
         single=single,
-        optimizer=StackedOptimizer(cell.optimizer.build()),
-        compressor=compressor.build() if compressor is not None else _dense(),
+        optimizer=with_switch(cell, _optimizer(variants, update)),
+        arm=arm_of(cell),
+        compressor=found.compressor,
         perturbation=fault.build() if fault is not None else None,
-        sampler=Shuffled(len(data.x_train), cell.batch_size, streams),
+        sampler=sampler,
         streams=streams,
-        schedule=cell.schedule.build(),
+        schedules=[variant.schedule.build() for variant in variants],
         observables=[*(observable() for observable in STANDARD), *(o for o in extra if "eval" not in o.needs)],
         on_schedule=[TestSet(), *(o for o in extra if "eval" in o.needs)],
         train=(data.x_train, data.y_train),
@@ -151,25 +196,21 @@ def build_parts(cell: StudySpec, route: Route) -> Parts:
         else many,  # large batches: no call overhead to save
         operations=operations,
         workers=getattr(cell, "workers", 1),
+        staleness_rule=found.staleness_rule,
+        rank_policy=found.rank_policy,
         every=cell.observe.every,
         evaluate_every=cell.observe.evaluate_every,
         hit_artifacts=cell.observe.hit_artifacts,
+        effects=EventEffects(streams, data.classes),
+        slot_kinds=SLOT_KINDS,
     )
 
 
-def _dense() -> Any:
-    from ..comm.dense import Dense
-
-    return Dense()
-
-
 def plan_fault(cell: Any, case: int, replicate: int, site: Site) -> Any:
-    """The planned perturbation of one case, or None; a layer that cannot be hit is an error."""
+    """The planned perturbation of one case, or None; one that the model cannot have is a UserError."""
     model = cell.fault.build()
     if model is None:
         return None
-    if isinstance(model, ForwardFaultModel) and cell.fault.layer is not None:
-        layers = [r.layer for r in site.operations if r.kind in ("linear", "conv")]
-        if cell.fault.layer not in layers:
-            raise UserError("fault.layer", cell.fault.layer, f"one of {', '.join(layers)}")
-    return model.plan(case, site.operations, site.streams, replicate=replicate, steps_per_epoch=site.steps_per_epoch)
+    layout = {"layout": site.layout} if isinstance(model, EventModel) else {}
+    draw = {"replicate": replicate, "steps_per_epoch": site.steps_per_epoch, **layout}
+    return model.plan(case, site.operations, site.streams, **draw)

@@ -17,9 +17,13 @@ from ..core.errors import StudyError, UserError
 from ..core.opmode import Site as OpSite
 from ..core.protocols import Planned
 from ..core.stage import Stage, stage_keys
-from ..engine.program import MEMBERS_PER_BLOCK, BlockPlan, Route, RunPlan
+from ..engine.program import BlockPlan, RunPlan
 from ..engine.support import ROOMS, refusal
+from .arms import check_arm
 from .build import Site, plan_fault, survey
+from .conditions import conditions
+from .memory import members_at_most
+from .packing import Ensemble, Update, choose_update, ensemble_text, group_text
 
 SEMANTICS = 1  # raised when the same plan would compute something else
 
@@ -47,6 +51,8 @@ class Block:
     plan: BlockPlan
     engine: str
     settings: dict[str, Any]
+    variants: tuple[dict[str, Any], ...] = ({},)  # what members have for themselves, by ``RunPlan.variant``
+    update: Update = "slices"
 
     @property
     def key(self) -> str:
@@ -58,19 +64,6 @@ def program_of(study: StudyDef) -> Any:
     return importlib.import_module(study.module)
 
 
-def group_text(cell: Any) -> str:
-    """Cells that differ in their fault only may share blocks: canonical text of everything else."""
-    settings = cell.model_dump(mode="json")
-    for key in ("fault", *(k for k, f in type(cell).model_fields.items() if _is_extent(f))):
-        settings.pop(key, None)
-    return canonical(settings)
-
-
-def _is_extent(field: Any) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("extent"))
-
-
 def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(plan.json, campaign.jsonl) for the resolved study.
 
@@ -79,25 +72,37 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
     program = program_of(resolved.study)
     held = {run for block in known.get("blocks", []) for run in block["runs"]}
     blocks, campaign = list(known.get("blocks", [])), []
+    texts = [group_text(cell) for cell in resolved.cells]
     groups: dict[str, list[Run]] = {}
     for run in resolved.runs:
-        groups.setdefault(group_text(resolved.cells[run.cell]), []).append(run)
+        groups.setdefault(texts[run.cell], []).append(run)
     sites: dict[str, Site] = {}
+    ensembles: dict[str, Ensemble] = {}
     for runs in groups.values():
         cells = {run.cell: resolved.cells[run.cell] for run in runs}
         for cell in cells.values():
             _check_supported(program.engine(cell), cell)
+            conditions(cell)
         first = next(iter(cells.values()))
-        site = sites.setdefault(_model_text(first), survey(first))
+        model = _model_text(first)
+        if model not in sites:
+            sites[model] = survey(first)
+        site = sites[model]
+        for cell in cells.values():
+            check_arm(cell, site.layout.buffers)
         planned = _plan_group(cells, runs, site)
         campaign += _campaign_rows(planned, site, cells)
+        text = ensemble_text(first, site.route)
+        if text not in ensembles:
+            share = bool(getattr(first, "share_prefix", True))
+            most, memory = members_at_most(site.route, first.members_per_block, site.bytes_per_member, site.free_bytes)
+            ensembles[text] = Ensemble(site.route, program.engine(first), share, most, memory)
+        ensemble = ensembles[text]
+        ensemble.faulted = ensemble.faulted or next((c for c in cells.values() if _faulted(c)), None)
         plans = [_run_plan(program, cells[r.cell], r, planned) for r in runs if r.id not in held]
-        share = bool(getattr(first, "share_prefix", True))
-        settings = next((c for c in cells.values() if _faulted(c)), first)
-        stages = stage_entries(program.stages(first))
-        trained = next(s["key"] for s in reversed(stages) if s["kind"] == "train")
-        for members in _pack(plans, site.route):
-            blocks.append(_block_json(trained, stages, members, site.route, share, program.engine(first), settings))
+        ensemble.add(plans, {r.id: cells[r.cell] for r in runs}, stage_entries(program.stages(first)))
+    for ensemble in ensembles.values():
+        blocks += [_block_json(ensemble, members) for members in ensemble.blocks()]
     _check_route(known)
     spec = f"{resolved.study.spec.__module__}:{resolved.study.spec.__qualname__}"
     return {"semantics": SEMANTICS, "spec": spec, "threads_per_process": 1, "blocks": blocks}, _unique(campaign)
@@ -115,13 +120,19 @@ def _check_route(known: dict[str, Any]) -> None:
 def _check_supported(engine: str, cell: Any) -> None:
     """Conditions that an engine cannot meet together are refused with the reason, never ignored."""
     chosen = {room: getattr(cell, room).name for room in ROOMS if hasattr(cell, room)}
+    policy = getattr(getattr(cell, "compressor", None), "policy", None)
+    if policy is not None:
+        chosen["policy"] = policy.name
     reason = refusal(engine, {f"{room}:{name}" for room, name in chosen.items()})
     if reason is not None:
         raise UserError("engine", engine, f"an engine that runs {', '.join(chosen.values())}", hint=reason)
 
 
 def _model_text(cell: Any) -> str:
-    return canonical([cell.model.model_dump(), cell.dataset.model_dump(), cell.batch_size, cell.seed, cell.dtype])
+    """What :func:`survey` depends on."""
+    keys = ("model", "dataset", "sampler", "batch_size", "seed", "dtype", "device")
+    settings = cell.model_dump(mode="json")
+    return canonical([*(settings[key] for key in keys), settings["observe"]])
 
 
 def _plan_group(cells: dict[int, Any], runs: Sequence[Run], site: Site) -> dict[tuple[int, int], Planned]:
@@ -134,8 +145,9 @@ def _plan_group(cells: dict[int, Any], runs: Sequence[Run], site: Site) -> dict[
             fault = plan_fault(cell, case, run.replicate, site)
             if fault is not None and hasattr(cell, "timeline"):
                 _check_in_time(cell, fault, cell.steps)
-                ticks = cell.timeline.build().ticks(cell.workers, cell.steps, site.streams, run.replicate)
-                fault = place(fault, ticks)
+                if not fault.on_server:
+                    ticks = cell.timeline.build().ticks(cell.workers, cell.steps, site.streams, run.replicate)
+                    fault = place(fault, ticks)
             if fault is not None:
                 planned[run.cell, run.replicate] = fault
     return planned
@@ -158,20 +170,6 @@ def _check_in_time(cell: Any, planned: Planned, stop: int) -> None:
         raise UserError("fault.last_epoch", getattr(cell.fault, "last_epoch", None), expected)
 
 
-def _pack(plans: Sequence[RunPlan], route: Route) -> list[list[RunPlan]]:
-    """Whole replicates together, about ``MEMBERS_PER_BLOCK`` members to a block."""
-    by_replicate: dict[int, list[RunPlan]] = {}
-    for plan in plans:
-        by_replicate.setdefault(plan.replicate, []).append(plan)
-    packed: list[list[RunPlan]] = []
-    for members in by_replicate.values():
-        if packed and len(packed[-1]) + len(members) <= MEMBERS_PER_BLOCK[route]:
-            packed[-1] += members
-        else:
-            packed.append(list(members))
-    return packed
-
-
 def stage_entries(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """The stages of a cell with their keys, as plan.json stores them."""
     keys = stage_keys(stages)
@@ -180,29 +178,31 @@ def stage_entries(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     ]
 
 
-def _block_json(
-    trained: str,
-    stages: list[dict[str, Any]],
-    members: list[RunPlan],
-    route: Route,
-    share: bool,
-    engine: str,
-    settings: Any,
-) -> dict[str, Any]:
-    key = hashlib.sha256(json.dumps([trained, [m.id for m in members], route]).encode()).hexdigest()[:12]
-    block = BlockPlan(key, 0, route, tuple(members), share)
+def _block_json(ensemble: Ensemble, runs: list[RunPlan]) -> dict[str, Any]:
+    stages = {s["key"]: s for run in runs for s in ensemble.stages[run.id]}
+    trained = dict.fromkeys(_trained(ensemble.stages[run.id]) for run in runs)
+    parts = ["+".join(sorted(trained)), [m.id for m in runs], ensemble.route]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    plan = BlockPlan(key, 0, ensemble.route, tuple(runs), ensemble.share_prefix)
     return {
         "key": key,
-        "runs": [m.id for m in members],
-        "steps": block.stop,
-        "member_steps": block.work_units(),
-        "route": route,
-        "engine": engine,
-        "share_prefix": share,
-        "stages": stages,
-        "settings": settings.model_dump(mode="json"),
-        "plans": [_run_json(m) for m in members],
+        "runs": [m.id for m in runs],
+        "steps": plan.stop,
+        "member_steps": plan.work_units(),
+        "route": ensemble.route,
+        "update": choose_update(runs, ensemble.cells[runs[0].id].optimizer),
+        "engine": ensemble.engine,
+        "share_prefix": ensemble.share_prefix,
+        "stages": list(stages.values()),
+        "settings": ensemble.settings(runs),
+        "variants": ensemble.variants(runs),
+        "plans": [_run_json(m) for m in runs],
+        **({"memory": ensemble.memory} if ensemble.memory else {}),
     }
+
+
+def _trained(stages: list[dict[str, Any]]) -> str:
+    return next(s["key"] for s in reversed(stages) if s["kind"] == "train")
 
 
 def _run_json(run: RunPlan) -> dict[str, Any]:
@@ -213,6 +213,8 @@ def _run_json(run: RunPlan) -> dict[str, Any]:
         "lr": run.lr,
         "perturbed": run.perturbed,
         "anchor": run.anchor,
+        "variant": run.variant,
+        "group": run.group,
         "planned": [planned_json(p) for p in run.planned],
     }
 
@@ -229,6 +231,8 @@ def planned_json(p: Planned) -> dict[str, Any]:
         "rule": dict(p.rule),
         "index": list(p.index),
         "shape": list(p.shape),
+        "duration": p.duration,
+        "every": p.every,
     }
 
 
@@ -236,7 +240,8 @@ def planned_from_json(d: dict[str, Any]) -> Planned:
     """Inverse of :func:`planned_json`."""
     direction, operand = d["site"].split("/")
     site = OpSite(d["layer"], d["call"], direction, operand)
-    return Planned(d["case"], d["step"], site, tuple(d["index"]), d["rule"], tuple(d["shape"]), d["worker"])
+    when = d.get("duration", 1), d.get("every", 1)
+    return Planned(d["case"], d["step"], site, tuple(d["index"]), d["rule"], tuple(d["shape"]), d["worker"], *when)
 
 
 def read_block(block: dict[str, Any]) -> Block:
@@ -250,11 +255,14 @@ def read_block(block: dict[str, Any]) -> Block:
             tuple(planned_from_json(p) for p in r["planned"]),
             r["perturbed"],
             r["anchor"],
+            r.get("variant", 0),
+            r.get("group", 0),
         )
         for r in block["plans"]
     )
     plan = BlockPlan(block["key"], 0, block["route"], runs, block["share_prefix"])
-    return Block(plan, block["engine"], block["settings"])
+    variants = tuple(block.get("variants", ({},)))
+    return Block(plan, block["engine"], block["settings"], variants, block.get("update", "slices"))
 
 
 def _campaign_rows(planned: dict[tuple[int, int], Planned], site: Site, cells: dict[int, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,9 @@ from typing import Any
 from ..core.errors import StudyError, UserError
 
 POLL_S = 0.1
+DIED = "the worker process ended by"
+KEPT = "the last good state is kept"  # said by everything that is no run's fault and can be resumed
+KNOBS = "lower processes, members_per_block or batch_size and run again"  # what needs memory
 GRACE_S = 60.0  # a worker that was told to stop finishes its update and writes a checkpoint
 
 
@@ -155,7 +159,9 @@ class Pool:
         if worker.block is None:
             return []
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return [Outcome(worker.block, "failed", f"the worker process ended by {how}")]
+        if code == -signal.SIGKILL:
+            how += f"; if the system was out of memory, {KNOBS}"
+        return [Outcome(worker.block, "failed", f"{DIED} {how}")]
 
 
 def _close(worker: _Worker) -> None:

@@ -10,14 +10,28 @@ from ..config.resolve import Resolved
 
 
 def prepare(resolved: Resolved, out: Path, overwrite: bool) -> dict[str, Any]:
-    """{"plan": plan.json, "campaign": campaign.jsonl, "device"}: continues the plan in ``out`` unless overwriting."""
+    """{"plan": plan.json, "campaign": campaign.jsonl, "device", "notices": lines for the user}: continues the plan in
+    ``out`` unless overwriting."""
     from .build import resolve_device  # imports torch, which a command that starts worker processes does not need
+    from .compiled import KEY, decide
+    from .memory import naming_the_knob
     from .plan import make_plan
 
     old = out / "plan.json"
     known = json.loads(old.read_text()) if old.is_file() and not overwrite else {}
-    plan, campaign = make_plan(resolved, known)
-    return {"plan": plan, "campaign": campaign, "device": str(resolve_device(resolved.cells[0].device))}
+    if known and resolved.cells[0].members_per_block:
+        known = {**known, "blocks": [b for b in known["blocks"] if _stays(b, out, resolved.cells[0].members_per_block)]}
+    with naming_the_knob("planning"):
+        plan, campaign = make_plan(resolved, known)
+    plan[KEY], notices = decide(known, resolved.cells)
+    device = str(resolve_device(resolved.cells[0].device))
+    return {"plan": plan, "campaign": campaign, "device": device, "notices": notices}
+
+
+def _stays(block: dict[str, Any], out: Path, most: int) -> bool:
+    """Whether a block of an earlier plan is kept: not if nothing of it is stored and it is too large now."""
+    folder = out / "blocks" / block["key"]
+    return len(block["runs"]) <= most or any((folder / name).exists() for name in ("checkpoint.pt", "done.json"))
 
 
 def resolved_rows(resolved: Resolved) -> list[dict[str, Any]]:

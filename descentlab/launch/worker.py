@@ -16,10 +16,13 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..core.errors import StudyError, UserError
+from ..store.atomic import writing
 
 REPORT_S = 0.2
 
@@ -105,16 +108,31 @@ def _serve(run_block: Any, order: dict[str, Any], reporter: _Reporter, stopping:
     if "study" in order:
         return _prepare(order)
     path, key = Path(order["path"]), order["block"]
-    (path / "logs").mkdir(exist_ok=True)
-    with (path / "logs" / f"{key}.log").open("a", buffering=1) as log:
+    try:
+        with _log(path, key):
+            return run_block(path, key, tick=reporter.tick, stop=stopping.is_set), ""
+    except (StudyError, UserError) as error:
+        return "failed", str(error)
+    except BaseException as error:  # any failure of one block must not take the others with it
+        return "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def _log(path: Path, key: str) -> Iterator[None]:
+    """What is printed inside goes to the block's log, and so does the traceback of what is raised."""
+    with writing(path / "logs" / key):
+        (path / "logs").mkdir(exist_ok=True)
+        log = (path / "logs" / f"{key}.log").open("a", buffering=1)
+    with log:
         os.dup2(log.fileno(), 2)
         os.dup2(log.fileno(), 1)
         try:
-            return run_block(path, key, tick=reporter.tick, stop=stopping.is_set), ""
-        except BaseException as error:  # any failure of one block must not take the others with it
-            traceback.print_exc()
-            sys.stderr.flush()
-            return "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+            yield
+        except BaseException:
+            with suppress(OSError):  # a disk that is full has no room for a log either
+                traceback.print_exc()
+                sys.stderr.flush()
+            raise
 
 
 if __name__ == "__main__":

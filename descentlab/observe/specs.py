@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ..core.specs import Spec, extent
 
@@ -18,6 +20,22 @@ class Observe(Spec):
     hit_artifacts: bool = extent(
         False, description="store weights, buffers and batch of every hit, so that it can be replayed elsewhere"
     )
+    reduce: Literal["none", "moments"] = Field(
+        "none", description="moments: statistics over the runs of a cell instead of rows, and each run's last row"
+    )
+    weights: Literal["none", "variance", "covariance"] = Field(
+        "none", description="spread of the weights over the runs of a cell, elementwise or as a matrix"
+    )
+    weights_every: PositiveInt = Field(100, description="steps between looks at the weights")
+    coordinates: list[NonNegativeInt] = Field(
+        default_factory=list, description="which of the flattened weights observe.weights looks at; empty = all"
+    )
+
+    @model_validator(mode="after")
+    def _weights_are_seen_when_rows_are(self) -> Observe:
+        if self.weights != "none" and self.weights_every % self.every:
+            raise ValueError(f"weights_every = {self.weights_every}: expected a multiple of every = {self.every}")
+        return self
 
 
 # What each column of the table holds. Those of the first group are recorded every ``observe.every`` steps, on the batch

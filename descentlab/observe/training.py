@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.member_stats import member_max_abs, member_nonfinite, member_norms
 from ..core.protocols import Measured
-from ..core.tree import leaves, member_max_abs, member_nonfinite, member_norm
+from ..core.tree import leaves
 
 
 class BatchLoss:
@@ -24,7 +25,8 @@ class GradientNorm:
     name, needs = "gradient_norm", frozenset({"grad"})
 
     def measure(self, m: Measured) -> dict[str, Tensor]:
-        return {"grad_norm": member_norm(m.grads), "nonfinite_grads": member_nonfinite(m.grads)}
+        norm, nonfinite = member_norms(m.grads)
+        return {"grad_norm": norm, "nonfinite_grads": nonfinite}
 
 
 class UpdateNorm:
@@ -34,8 +36,8 @@ class UpdateNorm:
 
     def measure(self, m: Measured) -> dict[str, Tensor]:
         assert m.before is not None
-        change = {k: p - m.before[k] for k, p in m.state.params.items()}
-        return {"update_norm": member_norm(change), "nonfinite_params": member_nonfinite(m.state.params)}
+        norm, nonfinite = member_norms(m.state.params, {k: m.before[k] for k in m.state.params})
+        return {"update_norm": norm, "nonfinite_params": nonfinite}
 
 
 class LargestSlot:

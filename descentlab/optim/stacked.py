@@ -1,15 +1,16 @@
 """Any ``torch.optim`` class on an ensemble, without rewriting its rule.
 
 The class sees contiguous slices of the stacked tensors as its parameters, so one call updates every member of the
-slice in place. Members share a slice while they have made the same number of updates (``step`` is one scalar per
-tensor in torch). A class that mixes members (a norm over the whole tensor, a matrix decomposition) is detected before
-training by :mod:`descentlab.optim.member_check` and then runs member by member.
+slice in place. Members share a slice while they have the same settings and have made the same number of updates
+(``step`` is one scalar per tensor in torch). A block of many settings takes :mod:`descentlab.optim.vectorised`. A class
+that mixes members (a norm over the whole tensor, a matrix decomposition) is detected before training by
+:mod:`descentlab.optim.member_check` and then runs member by member.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,36 +100,46 @@ class _Bound:
 class StackedOptimizer:
     """The server half of a step (the :class:`~descentlab.core.protocols.Apply` protocol).
 
-    ``separate`` forces member-by-member updates; None decides by the member check.
+    ``separate`` forces member-by-member updates; None decides by the member check. ``rules``: those that members can
+    have, ``rule`` alone where empty; :meth:`assign` says which is whose. Different learning rates inside a slice are
+    met by rescaling the displacement, or with ``by_rate`` by slices of one rate each, which is exact.
     """
 
     rule: Rule
     separate: bool | None = None
+    rules: Sequence[Rule] = ()
+    by_rate: bool = False
+    _variants: list[int] | None = field(default=None, repr=False)
     _scalars: frozenset[str] = frozenset()
     _linear: bool = True
     _bound: list[_Bound] = field(default_factory=list, repr=False)
-    _owner: tuple[Tree, Tree, list[tuple[int, int]]] | None = field(default=None, repr=False)
+    _owner: tuple[Tree, Tree, list[int], list[tuple[int, int]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self.rules = self.rules or (self.rule,)
         if self.separate is None:
             from .member_check import linear_in_lr, mixes_members
 
-            self.separate = mixes_members(self.rule)
-            self._linear = self.separate or linear_in_lr(self.rule)
+            self.separate = any(mixes_members(rule) for rule in self.rules)
+            self._linear = self.separate or all(linear_in_lr(rule) for rule in self.rules)
         if not self.separate:
             self._scalars = scalar_slots(self.rule)
+
+    def assign(self, variants: Sequence[int]) -> None:
+        """Member m follows ``rules[variants[m]]`` from now on; those of one rule side by side make long slices."""
+        self._variants = list(variants)
 
     def apply(self, state: State, grads: Tree, lr: Tensor) -> None:
         """One update of every member, in place. ``grads``: name -> ``[M, …]``; ``lr``: ``[M]`` float64."""
         rates = lr.tolist()
         if not self._linear and len(set(rates)) > 1:  # Rprop's lr is a state, not a factor
             self.separate, self._scalars, self._linear, self._owner = True, frozenset(), True, None
-        self._bind(state)
+        self._bind(state, rates)
         for bound in self._bound:
             part = rates[bound.first : bound.last]
             for name, view in bound.views.items():
                 view.grad = self._view(grads[name], bound)
-            if all(r == part[0] for r in part):
+            if part.count(part[0]) == len(part):
                 self._step(bound, part[0])
             else:
                 self._step_many_rates(bound, lr[bound.first : bound.last])
@@ -155,26 +166,31 @@ class StackedOptimizer:
                 rate = lr.to(view.dtype).view(-1, *[1] * (view.dim() - 1))
                 view.sub_(before[name]).mul_(rate).add_(before[name])
 
-    def _bind(self, state: State) -> None:
-        """(Re)build the instances when the tensors or the grouping by update count have changed."""
-        groups = self._groups(state.opt_step.tolist())
+    def _bind(self, state: State, rates: list[float]) -> None:
+        """(Re)build the instances when the tensors, whose is which rule or the slices have changed."""
+        steps = state.opt_step.tolist()
+        variants = self._variants or [0] * len(steps)
+        groups = self._groups(steps, variants, rates)
         if self._owner is not None:
-            params, slots, old = self._owner
-            if params is state.params and slots is state.slots and len(old) == len(groups) and old == groups:
+            params, slots, old_variants, old = self._owner
+            if params is state.params and slots is state.slots and old_variants == variants and old == groups:
                 return
-        self._bound = [self._bind_group(state, first, last) for first, last in groups]
-        self._owner = (state.params, state.slots, groups)
+        self._bound = [self._bind_group(state, first, last, self.rules[variants[first]]) for first, last in groups]
+        self._owner = (state.params, state.slots, variants, groups)
 
-    def _groups(self, steps: list[int]) -> list[tuple[int, int]]:
+    def _groups(self, steps: list[int], variants: list[int], rates: list[float]) -> list[tuple[int, int]]:
         if self.separate:
             return [(m, m + 1) for m in range(len(steps))]
-        cuts = [0, *(i for i in range(1, len(steps)) if steps[i] != steps[i - 1]), len(steps)]
+        kinds = list(zip(steps, variants, rates if self.by_rate else steps, strict=True))
+        if kinds.count(kinds[0]) == len(kinds):
+            return [(0, len(kinds))]
+        cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
         return list(itertools.pairwise(cuts))
 
-    def _bind_group(self, state: State, first: int, last: int) -> _Bound:
+    def _bind_group(self, state: State, first: int, last: int, rule: Rule) -> _Bound:
         bound = _Bound(first, last, None, {})  # type: ignore[arg-type]
         bound.views = {n: self._view(p, bound).detach().requires_grad_() for n, p in state.params.items()}
-        bound.optimizer = self.rule.make(list(bound.views.values()), 1.0)
+        bound.optimizer = rule.make(list(bound.views.values()), 1.0)
         made = int(state.opt_step[first])
         if made:
             for name, view in bound.views.items():

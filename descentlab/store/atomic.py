@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ..core.errors import StudyError
 
+DISK_FULL = "disk full"  # how the message begins then
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -18,7 +20,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what, remedy = f"disk full while writing {path}", "free space"
+            what, remedy = f"{DISK_FULL} while writing {path}", "free space"
         else:
             what, remedy = f"cannot write {path} ({error.strerror or error})", "put this right"
         raise StudyError(f"{what}; the last good state is kept; {remedy} and run the same command again") from error

@@ -90,14 +90,15 @@ class BlockWriter:
         return (_load_state(self.folder / CHECKPOINT), cover.step) if cover else None
 
     def rows(self, columns: Mapping[str, Any]) -> None:
-        """Buffer rows given as columns of equal length (arrays or lists), ``run``, ``step`` and ``attempt`` among them.
+        """Buffer rows given as columns of equal length (arrays, lists or polars Series), ``run``, ``step`` and
+        ``attempt`` among them.
 
-        ``None`` in a list is a missing value; NaN stays NaN. The arrays are copied.
+        ``None`` in a list is a missing value; NaN stays NaN. Arrays and lists are copied.
         """
         missing = [key for key in NO_ROWS if key not in columns]
         if missing:
             raise ValueError(f"rows without {', '.join(missing)}")
-        data = {name: np.array(c) if isinstance(c, np.ndarray) else list(c) for name, c in columns.items()}
+        data = {name: _copied(column) for name, column in columns.items()}
         if len({len(column) for column in data.values()}) > 1:
             raise ValueError(f"columns of unequal length: { {name: len(c) for name, c in data.items()} }")
         self._frames.append(pl.DataFrame(data, strict=False))
@@ -123,6 +124,10 @@ class BlockWriter:
         cover = self._flush(step)
         write_bytes(self.folder / CHECKPOINT, _dump_state(state, cover))
         self._accept(cover)
+
+    def spill(self) -> None:
+        """Write what is buffered now, to keep memory small; it counts once a checkpoint or done.json names it."""
+        self._accept(self._flush(self._opened().step))
 
     def finish(self, status: Sequence[Mapping[str, Any]]) -> None:
         """Write the last part and ``done.json`` with one status per run ({"run", "status", "steps", "message", …})."""
@@ -175,6 +180,12 @@ class BlockWriter:
 
     def _accept(self, cover: Cover) -> None:
         self._cover, self._frames, self._hits = cover, [], []
+
+
+def _copied(column: Any) -> Any:
+    if isinstance(column, pl.Series):  # nobody can change it
+        return column
+    return np.array(column) if isinstance(column, np.ndarray) else list(column)
 
 
 def process_identity() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..core.errors import StudyError
 
 # JSON has no NaN and no infinity: they are written as these strings, and read back under the keys that hold values.
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-VALUE_KEYS = frozenset({"old", "new", "value"})
+VALUE_KEYS = frozenset({"old", "new", "value", "values"})
 
 
 def dumps(row: Any) -> str:

@@ -21,7 +21,7 @@ KEYS = list(NO_ROWS)
 # Columns that may differ between two executions of the same study; comparisons drop them.
 VOLATILE = ("wall_s", "timestamp", "utilisation")
 CONFIG = ("cell", "replicate", "role", "optimizer")
-TABLE_VERSION = "1"  # raised when the table made from the same blocks changes
+TABLE_VERSION = "2"  # raised when the table made from the same blocks changes
 
 
 def build_frame(directory: RunDirectory) -> pl.DataFrame:
@@ -145,18 +145,13 @@ def config_columns(
 ) -> pl.DataFrame:
     """One row per run: cell, replicate, role, optimizer, every setting that varies, labels, and the planned hit.
 
-    The hit (``hit_step``, ``layer``, ``value``) is the first one planned for the run's case, or for its replicate
-    where the study has no cases; a twin carries the hit it was spared. A setting whose name is ``taken`` by an
-    observable becomes ``settings.<name>``.
+    The hit (``hit_step``, ``layer``, ``value``) is the one planned for the run, see :func:`planned_for`; a twin carries
+    the hit it was spared. A setting whose name is ``taken`` by an observable becomes ``settings.<name>``.
     """
     flat = [flatten(run.get("settings") or {}) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     varying = [n for n in names if n not in CONFIG and len({json.dumps(s.get(n)) for s in flat}) > 1]
-    planned: dict[tuple[str, Any], Mapping[str, Any]] = {}
-    for case in campaign:
-        for key in ("case", "replicate"):
-            if key in case:
-                planned.setdefault((key, case[key]), case)
+    planned = planned_for(runs, campaign)
     columns: dict[str, list[Any]] = {"run": [str(run["id"]) for run in runs]}
     for name in ("cell", "replicate", "role"):
         columns[name] = [run.get(name) for run in runs]
@@ -167,7 +162,7 @@ def config_columns(
     for name in dict.fromkeys(name for run in runs for name in run.get("labels") or {}):
         columns.setdefault(name, _one_type([(run.get("labels") or {}).get(name) for run in runs]))
     if planned:
-        hits = [_planned_hit(run, planned) for run in runs]
+        hits = [planned.get(str(run["id"]), {}) for run in runs]
         columns.setdefault("hit_step", [hit.get("step") for hit in hits])
         columns.setdefault("layer", _one_type([hit.get("layer") for hit in hits]))
         columns.setdefault("value", _one_type([(hit.get("rule") or {}).get("value") for hit in hits]))
@@ -175,10 +170,32 @@ def config_columns(
     return _widen(pl.DataFrame(columns, schema_overrides=types, strict=False))
 
 
-def _planned_hit(run: Mapping[str, Any], planned: Mapping[tuple[str, Any], Mapping[str, Any]]) -> Mapping[str, Any]:
-    labels = run.get("labels") or {}
-    key = ("case", labels["case"]) if "case" in labels else ("replicate", run.get("replicate"))
-    return planned.get(key, {})
+def planned_for(
+    runs: Iterable[Mapping[str, Any]], campaign: Iterable[Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Run id -> the first line of campaign.jsonl planned for it; a run nothing was planned for is not in it.
+
+    A line is a run's when its case (its replicate, where the study has no cases) is the run's and its ``cells`` hold
+    the run's cell: in a grid over faults every cell has its own plan for the same case. A line without ``cells``, as
+    written by hand, is for every cell. A cell that plans nothing (a study's fault-free arm) takes the first line of
+    its case, so that its rows carry the hit they were spared.
+    """
+    exact: dict[tuple[str, Any, Any], Mapping[str, Any]] = {}
+    loose: dict[tuple[str, Any], Mapping[str, Any]] = {}
+    for line in campaign:
+        for name in ("case", "replicate"):
+            if name in line:
+                loose.setdefault((name, line[name]), line)
+                for cell in line.get("cells") or ():
+                    exact.setdefault((name, line[name], cell), line)
+    found: dict[str, Mapping[str, Any]] = {}
+    for run in runs:
+        labels = run.get("labels") or {}
+        key = ("case", labels["case"]) if "case" in labels else ("replicate", run.get("replicate"))
+        own = exact.get((*key, run.get("cell"))) or loose.get(key)
+        if own is not None:
+            found[str(run["id"])] = own
+    return found
 
 
 def _one_type(values: list[Any]) -> list[Any]:

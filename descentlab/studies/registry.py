@@ -10,6 +10,7 @@ from ..core.errors import UserError, nearest
 SHIPPED = {
     "recovery": "descentlab.studies.recovery.spec:STUDY",
     "crossed": "descentlab.studies.crossed.spec:STUDY",
+    "training": "descentlab.studies.training.spec:STUDY",
 }
 
 

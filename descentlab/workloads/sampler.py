@@ -1,17 +1,25 @@
-"""Which training samples a step sees: a pure function of (seed, replicate, worker, position), whatever else runs."""
+"""Which training samples a step sees: a pure function of (seed, replicate, worker, position), whatever else runs.
+
+A sampler is made of (n, batch_size, streams) and has ``batch_size``, ``steps_per_epoch`` (how many batches the clock
+counts as one epoch) and ``indices``. Workers draw from streams of their own. ``shared`` leaves the replicate out of
+the key: then all replicates see the same batches in the same order, those of replicate 0.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from ..core.errors import UserError
 from ..core.streams import Streams
 
 
 class Shuffled:
-    """Every epoch is a fresh permutation cut into batches; the incomplete last batch is dropped."""
+    """Every epoch is a fresh permutation cut into ``n // batch_size`` batches; the incomplete last one is dropped."""
 
-    def __init__(self, n: int, batch_size: int, streams: Streams) -> None:
-        self.n, self.batch_size, self.streams = n, batch_size, streams
+    def __init__(self, n: int, batch_size: int, streams: Streams, *, shared: bool = False) -> None:
+        self.n, self.batch_size, self.streams, self.shared = n, batch_size, streams, shared
         self.steps_per_epoch = n // batch_size
         self._cache: dict[tuple[int, int, int], np.ndarray] = {}  # (replicate, worker, epoch) -> int32 [n]
         self._who = np.empty((0, 3), dtype=np.int64)  # replicate, worker, epoch of each member of the last call
@@ -19,6 +27,8 @@ class Shuffled:
 
     def indices(self, replicates: np.ndarray, workers: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """``[M]`` each; ``positions`` counts the batches a worker has drawn before. int64 ``[M, B]``."""
+        if self.shared:
+            replicates = np.zeros_like(replicates)
         epoch, batch = np.divmod(positions, self.steps_per_epoch)
         who = np.stack([replicates, workers, epoch], axis=1)
         again = np.array_equal(who, self._who)
@@ -29,6 +39,9 @@ class Shuffled:
             self._draw(who)
             self._orders = np.stack([self._cache[key] for key in map(tuple, who.tolist())])
         if self._orders is not None:
+            if (batch == batch[0]).all():  # the usual case: all members at the same place
+                first = int(batch[0]) * self.batch_size
+                return self._orders[:, first : first + self.batch_size].astype(np.int64)
             columns = (batch * self.batch_size)[:, None] + np.arange(self.batch_size)
             return np.take_along_axis(self._orders, columns, axis=1).astype(np.int64)
         out = np.empty((len(replicates), self.batch_size), dtype=np.int64)
@@ -50,14 +63,47 @@ class Shuffled:
 
 
 class WithReplacement:
-    """Independent uniform draws, ``n // batch_size`` batches to an epoch."""
+    """Independent uniform draws; an epoch is ``n // batch_size`` batches, which need not meet every sample."""
 
-    def __init__(self, n: int, batch_size: int, streams: Streams) -> None:
-        self.n, self.batch_size, self.streams = n, batch_size, streams
+    def __init__(self, n: int, batch_size: int, streams: Streams, *, shared: bool = False) -> None:
+        self.n, self.batch_size, self.streams, self.shared = n, batch_size, streams, shared
         self.steps_per_epoch = n // batch_size
 
     def indices(self, replicates: np.ndarray, workers: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """As :meth:`Shuffled.indices`."""
+        if self.shared:
+            replicates = np.zeros_like(replicates)
         return self.streams.integers(
             "order", self.n, self.batch_size, replicate=replicates, worker=workers, step=positions
         )
+
+
+class FullBatch:
+    """All samples in their order, at every step and for every worker; an epoch is one step. Draws nothing."""
+
+    def __init__(self, n: int, batch_size: int, streams: Streams) -> None:
+        self.n = self.batch_size = n
+        self.steps_per_epoch = 1
+
+    def indices(self, replicates: np.ndarray, workers: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """As :meth:`Shuffled.indices`, int64 ``[M, n]``."""
+        return np.tile(np.arange(self.n), (len(replicates), 1))
+
+
+def checked_sampler(name: str, made: Any, n: int) -> Any:
+    """A third party's sampler, tried on one draw; UserError for one that does not do what a sampler does."""
+    for attribute in ("batch_size", "steps_per_epoch"):
+        value = getattr(made, attribute, None)
+        if not isinstance(value, int) or value < 1:
+            expected = f"an object whose {attribute} is an integer of at least 1, not {value!r}"
+            raise UserError("sampler", name, expected)
+    if not callable(getattr(made, "indices", None)):
+        raise UserError("sampler", name, "an object with indices(replicates, workers, positions)")
+    two = np.arange(2)
+    drawn = np.asarray(made.indices(two, 0 * two, 0 * two))
+    if drawn.shape != (2, made.batch_size) or drawn.dtype.kind not in "iu":
+        expected = f"indices of shape [members, {made.batch_size}], integers, not {drawn.dtype} {list(drawn.shape)}"
+        raise UserError("sampler", name, expected)
+    if drawn.min() < 0 or drawn.max() >= n:
+        raise UserError("sampler", name, f"indices from 0 to {n - 1}, not {drawn.min()} to {drawn.max()}")
+    return made

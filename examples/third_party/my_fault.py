@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from descentlab.core.opmode import Ops, ReplaceElements, Site
+from descentlab.core.matrixop import replaced
+from descentlab.core.opmode import Ops, Site
 from descentlab.core.protocols import Hit, Planned
 
 
@@ -22,7 +23,7 @@ class StuckColumn:
     def realise(self, planned, hits, *, attempt):
         def stuck(x):
             index, new = torch.tensor(planned.index), torch.zeros(len(planned.index), dtype=x.dtype)
-            hits.append(Hit(planned, tuple(x.detach().flatten()[index].tolist()), tuple(new.tolist())))
-            return ReplaceElements.apply(x, index, new)
+            hits.append(Hit(planned, tuple(x.flatten()[index].tolist()), tuple(new.tolist())))
+            return replaced(x, index, new)
 
         return Ops({planned.site: stuck} if attempt == 0 else {})

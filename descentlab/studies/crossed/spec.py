@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from ...cluster.specs import Barrier, TimelineChoice
+from ...cluster.specs import Barrier, NoStalenessRule, StalenessRuleChoice, TimelineChoice
 from ...comm.specs import CompressorChoice, NoCompression
 from ...config.tree import StudyDef, StudySpec
 from ...core.errors import UserError
 from ...core.specs import extent
+from ...perturb.arm_specs import ArmChoice, NoArm
 from ...perturb.specs import FaultChoice, NoFault
 
 
@@ -23,8 +24,19 @@ class CrossedSpec(StudySpec):
     steps: PositiveInt = 200
     replicates: PositiveInt = extent(10)
     fault: FaultChoice = NoFault()
+    arm: ArmChoice = NoArm()
     timeline: TimelineChoice = Barrier()
+    staleness_rule: StalenessRuleChoice = NoStalenessRule()
     compressor: CompressorChoice = NoCompression()
+
+    def identity(self) -> dict[str, Any]:
+        """As for every block; ``staleness_rule`` and ``arm`` are left out at their defaults, as in ids made before."""
+        out = super().identity()
+        if self.staleness_rule == NoStalenessRule():
+            del out["staleness_rule"]
+        if self.arm == NoArm():
+            del out["arm"]
+        return out
 
 
 def plan(cells: Sequence[CrossedSpec]) -> list[tuple[int, int, str, dict[str, Any]]]:
@@ -42,6 +54,7 @@ def check(cell: CrossedSpec) -> None:
         raise UserError("fault.step", step, f"a step below steps = {cell.steps}")
 
 
+FAULT = {"name": "N16_RD", "value_mode": "log_uniform", "value_high": 1e12, "last_epoch": 0}
 TUNED: dict[str, dict[str, Any]] = {"sgd": {"lr": 0.5}, "adam": {"lr": 1e-2}}
 
 STUDY = StudyDef(
@@ -51,7 +64,7 @@ STUDY = StudyDef(
     presets={
         "default": {
             "grid": {
-                "fault": ["none", {"name": "N16_RD", "value_high": 1e12, "last_epoch": 0}],
+                "fault": ["none", FAULT],
                 "timeline": ["barrier", {"name": "constant", "staleness": 2}],
                 "compressor": ["none", {"name": "powersgd", "rank": 1}],
                 "optimizer": ["sgd", "adam"],

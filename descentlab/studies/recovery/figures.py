@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from ...analysis.recovery import Recovery
+from ...analysis.pollution import BN_MOMENTUM
+from ...analysis.recovery import Recovery, aligned
 from ...report.figures import (
     DOUBLE,
     GREY,
@@ -22,6 +23,7 @@ from ...report.figures import (
     signed_scale,
     styled,
 )
+from ...theory.slots import slot_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,9 +104,10 @@ def _excess_bars(ax: Axes, chosen: pl.DataFrame, look: dict[str, Look], names: l
     name_ticks(ax, names)
 
 
-def comparison(recovery: Recovery, case: int) -> Figure:
+def comparison(recovery: Recovery, fault: str, case: int) -> Figure:
     """Four panels on one case: training accuracy, training loss, final test accuracy, excess test loss."""
-    chosen = recovery.measures.filter(pl.col("replicate") == case)
+    one = (pl.col("replicate") == case) & (pl.col("fault") == fault)
+    chosen = recovery.measures.filter(one)
     names = [name for name in recovery.order if name in chosen["condition"].to_list()]
     chosen = pl.concat([chosen.filter(pl.col("condition") == name) for name in names])
     hit, look = int(chosen["hit_step"][0]), looks(recovery.order)
@@ -116,7 +119,7 @@ def comparison(recovery: Recovery, case: int) -> Figure:
         ):
             ax = axes[0, index]
             for name in names:
-                part = recovery.steps.filter((pl.col("replicate") == case) & (pl.col("condition") == name))
+                part = recovery.steps.filter(one & (pl.col("condition") == name))
                 _case_lines(ax, part, column, look[name], name)
             _hit_line(ax, hit)
             ax.set_xlabel(f"step (hit at step {hit}, dashed)")
@@ -171,8 +174,6 @@ def median_band(values: np.ndarray) -> Band:
 
 def zoom(recovery: Recovery, before: int = 10) -> Figure:
     """Per optimizer, loss (median, quartiles) and accuracy (mean, 95 % t) around the hit: fault against twin."""
-    from ...analysis.recovery import aligned
-
     steps = np.arange(-before, int(recovery.measures["steps_watched"].max()) + 1)  # type: ignore[arg-type]
     names, charge, chance = recovery.order, recovery.scores.failure_loss, recovery.scores.chance
     look, across = looks(names), min(4, len(names))
@@ -232,8 +233,6 @@ def _share(axes: np.ndarray, deep: int, across: int, count: int) -> None:
 
 def state_ratios(recovery: Recovery, column: str, steps: np.ndarray) -> dict[str, np.ndarray]:
     """Fault over twin of a state measure per condition, shape [cases, steps]; inf where the fault made it so."""
-    from ...analysis.recovery import aligned
-
     ratios = {}
     for name in recovery.order:
         fault = aligned(recovery, name, column, steps, np.inf)
@@ -245,8 +244,30 @@ def state_ratios(recovery: Recovery, column: str, steps: np.ndarray) -> dict[str
     return ratios
 
 
+def predicted_curves(recovery: Recovery, condition: str, column: str, steps: np.ndarray) -> np.ndarray | None:
+    """Predicted ratio to the twin, median over runs, at ``steps`` (NaN before the hit); None where nothing is known."""
+    own = recovery.steps.filter((pl.col("condition") == condition) & (pl.col("relative_step") == 0))
+    later, curves = steps[steps >= 0], []
+    for hit, normal in own.select(column, f"{column}_twin").cast(pl.Float64).fill_null(np.nan).iter_rows():
+        if not (normal > 0 and np.isfinite(hit)):
+            curves.append(np.full(len(later), np.inf if normal > 0 else np.nan))
+        elif column == "bn_var_max":
+            curves.append(1 + (hit / normal - 1) * (1 - BN_MOMENTUM) ** later)
+        else:
+            found = slot_curve(recovery.optimizers[condition], hit, normal, later)
+            curves.append(np.ones(len(later)) if found is None else found)
+    known = [c for c in curves if not np.isnan(c).all()]
+    if not known or not (np.median(known, axis=0)[0] > 1.0 + 1e-9):
+        return None
+    out = np.full(len(steps), np.nan)
+    out[steps >= 0] = np.quantile(known, 0.5, axis=0, method="nearest")
+    return out
+
+
 def state(recovery: Recovery) -> Figure:
-    """Largest optimizer slot and largest BatchNorm variance over the twin's, after the hit (median, quartiles)."""
+    """Largest optimizer slot and BatchNorm variance over the twin's after the hit; crosses: the predicted decay."""
+    from matplotlib.lines import Line2D
+
     steps = np.arange(-5, int(recovery.measures["steps_watched"].max()) + 1)  # type: ignore[arg-type]
     look = looks(recovery.order)
     panels = [("slot_max", "largest optimizer slot"), ("bn_var_max", "largest BatchNorm variance")]
@@ -261,6 +282,10 @@ def state(recovery: Recovery) -> Figure:
             for name, ratio in ratios.items():  # an optimizer without slots has no ratio
                 centre, low, high = median_band(np.minimum(ratio, 10 * top))  # non-finite: above the axis
                 _draw_band(ax, steps, (centre, low, high), look[name], label=name)
+                predicted = predicted_curves(recovery, name, column, steps)
+                if predicted is not None:
+                    place = np.flatnonzero(steps >= 0)[:: max(1, len(steps) // 14)]
+                    ax.plot(steps[place], np.minimum(predicted, 10 * top)[place], "x", color=look[name].colour, ms=3.5)
             ax.set_yscale("log")
             least = min([0.5, *(0.5 * float(np.nanmin(r[r > 0])) for r in ratios.values())])
             ax.set_ylim(max(least, 1e-6), top)
@@ -272,6 +297,8 @@ def state(recovery: Recovery) -> Figure:
             panel_title(ax, index, label)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         if handles:
+            handles.append(Line2D([], [], color="black", linestyle="none", marker="x", markersize=3.5))
+            labels.append("predicted (optimizer's colour)")
             figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 

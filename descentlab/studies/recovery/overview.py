@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from ...analysis.contrasts import wins_ties_losses
+from ...analysis.paired import replicate_means
 from ...analysis.recovery import Recovery, aligned
 from ...report.figures import (
     DOUBLE,
@@ -31,17 +32,28 @@ if TYPE_CHECKING:
 
 
 def by_condition(recovery: Recovery, column: str) -> dict[str, np.ndarray]:
-    """Values of a measure per condition, shape [cases], in case order."""
-    rows = recovery.measures.sort("replicate")
+    """Values of a measure per condition, shape [runs], by replicate and fault."""
+    rows = recovery.measures.sort("replicate", "fault")
     return {name: rows.filter(pl.col("condition") == name)[column].to_numpy() for name in recovery.order}
 
 
 def shared_cases(recovery: Recovery, first: str, second: str, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A measure of two conditions on the cases both finished, paired by case."""
-    rows = recovery.measures.select("condition", "replicate", column)
-    one, two = (rows.filter(pl.col("condition") == name) for name in (first, second))
-    both = one.join(two, on="replicate", suffix="_second").sort("replicate")
+    """A measure of two conditions on the cases both finished, paired by fault and replicate."""
+    both = _shared(recovery, first, second, column)
     return both[column].to_numpy(), both[f"{column}_second"].to_numpy()
+
+
+def _shared(recovery: Recovery, first: str, second: str, column: str) -> pl.DataFrame:
+    rows = recovery.measures.select("condition", "fault", "replicate", column)
+    one, two = (rows.filter(pl.col("condition") == name) for name in (first, second))
+    return one.join(two, on=["fault", "replicate"], suffix="_second").sort("replicate", "fault")
+
+
+def paired_differences(recovery: Recovery, first: str, second: str, column: str) -> np.ndarray:
+    """One difference per replicate, first minus second: the mean over the fault types both met in it."""
+    both = _shared(recovery, first, second, column)
+    difference = both[column].to_numpy() - both[f"{column}_second"].to_numpy()
+    return replicate_means(difference, both["replicate"].to_list())
 
 
 def head_to_head(recovery: Recovery) -> dict[tuple[str, str], tuple[int, int, int]]:

@@ -25,6 +25,7 @@ def stages(cell: RecoverySpec) -> list[Stage]:
     settings = cell.identity()
     fault = settings.pop("fault")
     workload = {k: settings.get(k) for k in ["dataset", "model", "seed", "batch_size", "dtype"]}
+    workload |= {k: settings[k] for k in ["sampler"] if k in settings}
     after = {"recovery_steps": settings.pop("recovery_steps", None)}
     return [
         Stage("campaign", "derive", {**workload, "fault": fault}),

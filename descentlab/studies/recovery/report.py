@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
 from ...analysis.contrasts import HIGHER, IDENTICAL, LOWER, MIXED, UNTESTED, Contrast, ContrastResult, analyse
-from ...analysis.paired import Estimate, estimate, wilson
-from ...analysis.recovery import STREAK, TOLERANCE_NATS, Recovery, analyse_recovery
+from ...analysis.outcomes import LABELS
+from ...analysis.paired import Estimate, estimate
+from ...analysis.recovery import STREAK, TOLERANCE_NATS, Recovery, analyse_recovery, mean_of
 from ...analysis.results import ResultsLike, class_count, planned_pairs
 from ...core.errors import StudyError
 from ...report import FigureBlock, Paragraph, Report, Section, SummaryItem, Verdict
 from ...report.figures import Dot, interval_plot
+from ...report.model import Block
 from ..common import (
     command_text,
     contrast_item,
@@ -27,8 +29,10 @@ from ..common import (
     statistics_text,
     verdict_detail,
 )
-from . import figures, tables
-from .overview import head_to_head, overview, shared_cases
+from . import breakdowns, figures, outcome_figures, tables
+from .arms import arm_report
+from .explanation import explanation_section
+from .overview import head_to_head, overview, paired_differences
 from .spec import STUDY
 
 MEASURE = "excess test loss over the twin"
@@ -39,12 +43,12 @@ def contrasts_of(recovery: Recovery) -> tuple[list[tuple[str, str]], list[Contra
     pairs, planned, beside = [], [], []
     for first, second in planned_pairs(recovery.cells):
         a, b = recovery.labels[first], recovery.labels[second]
-        loss = np.subtract(*shared_cases(recovery, a, b, "excess_test_loss"))
+        loss = paired_differences(recovery, a, b, "excess_test_loss")
         if not len(loss):
             continue
         pairs.append((a, b))
         planned.append(Contrast(f"{a} \u2212 {b}", loss))
-        beside.append(estimate(np.subtract(*shared_cases(recovery, a, b, "excess_test_accuracy"))))
+        beside.append(estimate(paired_differences(recovery, a, b, "excess_test_accuracy")))
     return pairs, analyse(planned), beside
 
 
@@ -66,12 +70,14 @@ def _condition_verdict(recovery: Recovery, name: str) -> Verdict:
     rows = tables.own(recovery, name)
     if rows.is_empty():
         return Verdict(f"{name}: no finished case")
-    found = estimate(rows["excess_test_loss"].to_numpy())
+    found = mean_of(rows, "excess_test_loss")
     failed = int(rows["failed"].sum())
     inside = found.low is not None and found.high is not None and found.low <= 0 <= found.high
     noise = "; the interval includes 0: within noise" if inside and found.sd else ""
-    rate = percent_range(wilson(failed, len(rows)))
-    detail = f"{found.method}, n = {found.n} cases; failed {failed} of {len(rows)}, {rate} (Wilson){noise}"
+    rate = percent_range(tables.rate_of(rows, pl.col("failed")))
+    counts = rows["outcome"].to_list()
+    kinds = ", ".join(f"{label} {counts.count(label)}" for label in LABELS if label in counts)
+    detail = f"{found.method}, n = {found.n} cases; failed {failed} of {len(rows)}, {rate}; outcomes: {kinds}{noise}"
     return Verdict(f"{name}: {MEASURE} {interval_text(found, 'nats')}", detail)
 
 
@@ -95,61 +101,68 @@ def _summary(
     return summary
 
 
-def typical_cases(recovery: Recovery) -> list[tuple[str, int]]:
-    """The case of median damage and, of five or more, the most damaging one (mean excess test loss over optimizers)."""
+def typical_cases(recovery: Recovery) -> list[tuple[str, str, int]]:
+    """The case of median damage and, of five or more, the most damaging one: (kind, fault, replicate).
+
+    Damage is the mean excess test loss over optimizers.
+    """
     means = (
-        recovery.measures.group_by("replicate")
+        recovery.measures.group_by("fault", "replicate")
         .agg(pl.col("excess_test_loss").mean())
-        .sort("excess_test_loss", "replicate")
+        .sort("excess_test_loss", "replicate", "fault")
     )
-    order = means["replicate"].to_list()
-    median = [("median", int(order[(len(order) - 1) // 2]))]
-    return median + ([("most damaging", int(order[-1]))] if len(order) >= 5 else [])
+    order = [(str(fault), int(replicate)) for fault, replicate in means.select("fault", "replicate").iter_rows()]
+    median = [("median", *order[(len(order) - 1) // 2])]
+    return median + ([("most damaging", *order[-1])] if len(order) >= 5 else [])
 
 
-def _comparison_blocks(recovery: Recovery, results: ResultsLike) -> list[FigureBlock]:
-    planned = {int(case["replicate"]): case for case in results.campaign}
+def _comparison_blocks(recovery: Recovery) -> list[FigureBlock]:
     blocks = []
-    for kind, case in typical_cases(recovery):
-        about = planned[case]
+    for kind, fault, case in typical_cases(recovery):
+        one = (pl.col("fault") == fault) & (pl.col("replicate") == case)
+        about = recovery.measures.filter(one).row(0, named=True)
+        value = f", value {about['value']:.3g}" if math.isfinite(about["value"]) else ""
         caption = (
-            f"The {kind} case (case {case} of {len(planned)}, by mean excess test loss over optimizers): layer "
-            f"{about['layer']}, value {about.get('rule', {}).get('value', float('nan')):.3g}, hit at step "
-            f"{about['step']}. n = 1 per optimizer, so no interval. (a, b) values per batch lightly, centred "
-            f"{figures.SMOOTH}-step moving average on top, never across the hit; (c) change against the twin in "
-            "percentage points above the bars; (d) excess test loss, a failed run at its charge."
+            f"The {kind} case ({fault} case {case}, by mean excess test loss over optimizers): layer "
+            f"{about['layer']}{value}, hit at step {about['hit_step']}. n = 1 per optimizer, so no interval. (a, b) "
+            f"values per batch lightly, centred {figures.SMOOTH}-step moving average on top, never across the hit; "
+            "(c) change against the twin in percentage points above the bars; (d) excess test loss, a failed run at "
+            "its charge."
         )
         name = f"comparison_{kind.replace(' ', '_')}"
         alt = f"Training accuracy and loss by step, final test accuracy and excess test loss in case {case}"
-        blocks.append(FigureBlock(name, figures.comparison(recovery, case), caption, alt))
+        blocks.append(FigureBlock(name, figures.comparison(recovery, fault, case), caption, alt))
     return blocks
 
 
-def _after_blocks(recovery: Recovery, n: int, brief: bool) -> list[FigureBlock]:
-    zoom = (
+def _zoom_block(recovery: Recovery, n: int) -> FigureBlock:
+    caption = (
         f"From 10 steps before the hit, cases aligned at the hit (step 0), n = {n} cases where that step exists, "
         "drawn where at least half do. Top: median and quartiles of training loss over cases; bottom: mean "
         "training accuracy, band 95 % t interval over cases cut at 0 and 1. A failed run counts at its charge from "
         "its failure on."
     )
-    state = (
-        "Largest optimizer slot and largest BatchNorm running variance over the twin's at the same step, median "
-        f"and quartiles over n = {n} cases; non-finite values count as above the axis. 1 = as in the twin. An "
-        "optimizer without slots has no line."
-    )
     alt = "Training loss and accuracy around the hit, with the fault and without"
-    around = [FigureBlock("recovery_zoom", figures.zoom(recovery), zoom, alt)]
-    if brief:
-        return around
-    return [
-        *around,
-        FigureBlock(
-            "state_after_hit",
-            figures.state(recovery),
-            state,
-            "Optimizer slots and BatchNorm variance relative to the twin after the hit",
-        ),
-    ]
+    return FigureBlock("recovery_zoom", figures.zoom(recovery), caption, alt)
+
+
+def _outcome_section(recovery: Recovery, brief: bool) -> Section:
+    """Rates of the outcomes, as bars and with intervals, and what the labels mean."""
+    several = len(recovery.faults) > 1
+    caption = (
+        "Outcomes of all faulted runs, counts in the bars, n runs beside each name; the intervals are in the table. "
+        "No run is left out."
+    )
+    alt = "Stacked bars of outcome shares"
+    blocks: list[Block] = [breakdowns.outcome_table(recovery)]
+    if not brief:
+        n = len(recovery.measures)
+        caption = f"{caption} n = {n} in all."
+        blocks.append(FigureBlock("outcomes", outcome_figures.outcomes(recovery), caption, f"{alt} per optimizer"))
+        if several:
+            figure = outcome_figures.outcomes_by_fault(recovery)
+            blocks.append(FigureBlock("outcomes_by_fault", figure, f"As above by fault type, n = {n} in all.", alt))
+    return Section("Outcomes", [*blocks, breakdowns.definitions(recovery.thresholds)])
 
 
 def _overview_block(recovery: Recovery, n: int) -> FigureBlock:
@@ -168,7 +181,7 @@ def _interval_block(recovery: Recovery, pairs: list[tuple[str, str]], results: l
     for name in recovery.order:
         rows = tables.own(recovery, name)
         if len(rows):
-            e = estimate(rows["excess_test_loss"].to_numpy())
+            e = mean_of(rows, "excess_test_loss")
             dots.append(Dot(name, e.value, e.low, e.high, "optimizer \u2212 its twin"))
     for (a, b), r in zip(pairs, results, strict=True):
         dots.append(Dot(f"{a} \u2212 {b}", r.estimate.value, r.estimate.low, r.estimate.high, "planned contrast"))
@@ -189,21 +202,17 @@ def _interval_block(recovery: Recovery, pairs: list[tuple[str, str]], results: l
 def _sections(
     recovery: Recovery, results: ResultsLike, summary: dict[str, SummaryItem], intervals: FigureBlock
 ) -> list[Section]:
-    n = len(set(recovery.measures["replicate"].to_list()))
+    n = recovery.measures["replicate"].n_unique()
     brief = is_brief(results)
-    phase = (
-        pl.when(pl.col("epoch") <= tables.EARLY_EPOCH)
-        .then(pl.lit("early (epoch 0, 1)"))
-        .otherwise(pl.lit("late (epoch 2 on)"))
-    )
     return [
         Section("Results per optimizer", [tables.condition_table(recovery, summary), intervals]),
+        _outcome_section(recovery, brief),
         *([] if brief else [Section("Summary of all cases", [_overview_block(recovery, n)])]),
-        Section("Around the hit", _after_blocks(recovery, n, brief)),
-        *([] if brief else [Section("Single cases in full", _comparison_blocks(recovery, results))]),
+        Section("Around the hit", [_zoom_block(recovery, n)]),
+        explanation_section(recovery, brief),
+        *([] if brief else [Section("Single cases in full", _comparison_blocks(recovery))]),
         Section("Head to head", [tables.head_table(recovery)]),
-        Section("By layer", [tables.breakdown(recovery, pl.col("layer"), "layer")]),
-        Section("By time of the hit", [tables.breakdown(recovery, phase, "time of the hit")]),
+        *breakdowns.breakdown_sections(recovery),
         Section("Cases", [tables.case_table(recovery, results)]),
         Section("Every case of every optimizer", [tables.pair_table(recovery)]),
         Section(
@@ -254,6 +263,8 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     """
     made = answer(results, classes)
     recovery, pairs, tested, beside, summary = made.recovery, made.pairs, made.tested, made.beside, made.summary
+    of_arms, arm_numbers = arm_report(recovery, results)
+    summary |= arm_numbers
     pending = len(recovery.scores.pending())
     notes = (
         [
@@ -265,6 +276,7 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     )
     if is_brief(results):
         notes.append("size=quick draws two of the figures, as PNG only; run the default size for all of them.")
+    notes += tables.not_applicable(results.hits)
     caption = (
         f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All "
         "pairs of optimizers were planned; nothing else is tested."
@@ -280,7 +292,7 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
         title="Recovery from a hardware fault",
         question=STUDY.question,
         verdicts=verdicts,
-        sections=_sections(recovery, results, summary, _interval_block(recovery, pairs, tested)),
+        sections=[*of_arms, *_sections(recovery, results, summary, _interval_block(recovery, pairs, tested))],
         summary=summary,
         failures=tables.failure_table(recovery, results),
         provenance=shown_provenance(results.provenance),

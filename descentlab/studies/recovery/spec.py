@@ -10,7 +10,8 @@ from pydantic import PositiveInt
 from ...config.tree import StudyDef, StudySpec
 from ...core.errors import UserError
 from ...core.specs import extent
-from ...perturb.specs import FaultChoice, VectorForwardFault
+from ...perturb.arm_specs import ArmChoice, NoArm
+from ...perturb.specs import FaultChoice, N16Rd
 from ...workloads.specs import Model, SmallCnn
 
 
@@ -19,10 +20,18 @@ class RecoverySpec(StudySpec):
 
     study: str = "recovery"
     model: Model = SmallCnn()
-    fault: FaultChoice = VectorForwardFault(value_high=1e12)
+    fault: FaultChoice = N16Rd(value_mode="log_uniform", value_high=1e12)
+    arm: ArmChoice = NoArm()
     cases: PositiveInt = extent(10, description="planned faults; case i is replicate i")
     recovery_steps: PositiveInt = 100
     share_prefix: bool = extent(True, description="train the fault-free prefix once for a run and its twin")
+
+    def identity(self) -> dict[str, Any]:
+        """As for every block; ``arm`` is left out at its default, as in the ids of runs made before it existed."""
+        out = super().identity()
+        if self.arm == NoArm():
+            del out["arm"]
+        return out
 
 
 def plan(cells: Sequence[RecoverySpec]) -> list[tuple[int, int, str, dict[str, Any]]]:
@@ -52,6 +61,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "adam": {"lr": 1e-3, **ADAPTIVE},
     "rmsprop": {"lr": 1e-3, "alpha": 0.9, "eps": 1e-7},
     "adamw": {"lr": 1e-3, **ADAPTIVE, "weight_decay": 4e-3},
+    "adagrad": {"lr": 1e-3, "initial_accumulator_value": 0.1, "eps": 1e-7},
+    "adadelta": {"lr": 1e-3, "rho": 0.95, "eps": 1e-7},
+    "nadam": {"lr": 1e-3, **ADAPTIVE},
 }
 GRID = {"optimizer": ["sgd", "adam", "rmsprop", "adamw"]}
 OBSERVE = {"hit_artifacts": True}
@@ -67,13 +79,26 @@ STUDY = StudyDef(
             "options": {"optimizer": PUBLISHED},
             "observe": OBSERVE,
             "schedule": {"name": "linear", "end": 1e-4, "steps": 5000},
-            "fault": {"name": "N16_RD", "value_high": 1.2e8},
+            "fault": {"name": "N16_RD", "value_mode": "log_uniform", "value_high": 1.2e8},
+        },
+        # one gradient 1,000 times as large: theory.slots says how long Adam stands still, SGD is displaced and goes on
+        "spike": {
+            "grid": {"optimizer": ["adam", "sgd"]},
+            "options": {"optimizer": {"adam": {"lr": 1e-3}, "sgd": {"lr": 1e-2}}},
+            "model": "mlp",
+            "fault": {"name": "event", "target": "gradient", "op": "mul", "magnitude": 1e3, "step": 500},
+            "cases": 3,
+            "recovery_steps": 9500,
+            "observe": {"every": 5, "evaluate_every": 500},
         },
     },
     sizes={
         "quick": {"cases": 3, "recovery_steps": 10, "observe": {"evaluate_every": 5}, "fault": {"last_epoch": 0}},
+        "small": {"cases": 5},
         "default": {},
+        "medium": {"cases": 20},
         "full": {"cases": 40},
+        "large": {"cases": 100},
     },
     plan=plan,
     check=check,

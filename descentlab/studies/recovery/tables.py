@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from ...analysis.paired import Estimate, estimate, wilson
-from ...analysis.recovery import Recovery
+from ...analysis.outcomes import clustered_rate, outcome_rates
+from ...analysis.paired import Estimate
+from ...analysis.recovery import Recovery, mean_of
 from ...analysis.results import ResultsLike
 from ...report import Column, SummaryItem, TableBlock
+from ...store.table import planned_for
 from ..common import bounded, item, plain_item, scaled
 from .overview import head_to_head
 
-EARLY_EPOCH = 1  # a hit in epoch 0 or 1 is early, as in the published reports
-
 
 def own(recovery: Recovery, condition: str) -> pl.DataFrame:
-    """The measures of one condition, in case order."""
-    return recovery.measures.filter(pl.col("condition") == condition).sort("replicate")
+    """The measures of one condition, by replicate and fault."""
+    return recovery.measures.filter(pl.col("condition") == condition).sort("replicate", "fault")
 
 
-def mean_of(rows: pl.DataFrame, column: str) -> Estimate:
-    """Mean over cases with its interval; rows without a value do not count."""
-    return estimate(rows[column].drop_nulls().to_numpy())
+def rate_of(rows: pl.DataFrame, flags: pl.Expr) -> Estimate:
+    """Share of rows for which ``flags`` holds, with an interval clustered by replicate."""
+    return clustered_rate(rows.select(flags.alias("flag"))["flag"].to_list(), rows["replicate"].to_list())
 
 
 def steps_text(values: Sequence[int | None], watched: int) -> str:
@@ -59,9 +60,11 @@ def condition_summary(recovery: Recovery) -> dict[str, SummaryItem]:
             if rows[column].drop_nulls().len():
                 out[f"{key}/{column}"] = _within(column, item(mean_of(rows, column)))
         n = len(rows)
-        out[f"{key}/failure_rate"] = item(wilson(int(rows["failed"].sum()), n))
-        out[f"{key}/masked_rate"] = item(wilson(int((rows["excess_test_loss"] == 0).sum()), n))
-        out[f"{key}/recovered_rate"] = item(wilson(n - rows["recovery_steps"].null_count(), n))
+        out[f"{key}/failure_rate"] = item(rate_of(rows, pl.col("failed")))
+        out[f"{key}/masked_rate"] = item(rate_of(rows, pl.col("excess_test_loss") == 0))
+        out[f"{key}/recovered_rate"] = item(rate_of(rows, pl.col("recovery_steps").is_not_null()))
+        for label, rate in outcome_rates(rows["outcome"].to_list(), rows["replicate"].to_list()).items():
+            out[f"{key}/outcome/{label}"] = item(rate)
         median = float(np.median(rows["excess_test_loss"].to_numpy()))
         out[f"{key}/median_excess_test_loss"] = plain_item(median, n, "median over cases")
     return out
@@ -123,11 +126,10 @@ def condition_table(recovery: Recovery, summary: Mapping[str, SummaryItem]) -> T
 def failure_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
     """Every failed run, twins included, with where it was hit and when it failed."""
     runs = {str(run["id"]): run for run in results.runs}
-    cases = {int(case["replicate"]): case for case in results.campaign}
+    lines = planned_for(results.runs, results.campaign)
     rows = []
     for score in recovery.scores.failures():
-        run = runs[score.run]
-        case = cases[int(run["replicate"])]
+        run, case = runs[score.run], lines[score.run]
         after = None if score.failed_step is None else score.failed_step - int(case["step"])
         value = case.get("rule", {}).get("value")
         rows.append(
@@ -135,7 +137,8 @@ def failure_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
                 recovery.labels[int(run["cell"])],
                 int(run["replicate"]),
                 run["role"],
-                case["layer"],
+                case.get("fault", ""),
+                case.get("layer", ""),
                 value,
                 int(case["step"]),
                 score.failed_step,
@@ -148,6 +151,7 @@ def failure_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
         Column("optimizer"),
         Column("case", "d"),
         Column("role"),
+        Column("fault"),
         Column("layer"),
         Column("value", ".3g"),
         Column("hit step", "d"),
@@ -163,43 +167,66 @@ def failure_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
     return TableBlock(columns, rows, caption)
 
 
-def realised(results: ResultsLike, case: int, optimizers: int) -> str:
-    """Whether every optimizer met this case's fault, at the same elements by the same rule."""
-    hits = [hit for hit in results.hits if int(hit.get("case", hit.get("replicate", -1))) == case]
+def realised(hits: Sequence[Mapping[str, Any]], optimizers: int) -> str:
+    """Whether every optimizer met a case's fault, at the same elements by the same rule."""
+    hits = [hit for hit in hits if hit.get("applied", True)]
     if not hits:
         return "not hit"
     met = len({str(hit["run"]) for hit in hits})
     places = {
-        (hit["step"], hit["site"], hit["layer"], json.dumps(hit["rule"], sort_keys=True), json.dumps(hit["index"]))
+        json.dumps([hit.get(name) for name in ("step", "site", "layer", "rule", "index")], sort_keys=True)
         for hit in hits
     }
     return f"{met} of {optimizers}, {'same elements' if len(places) == 1 else 'DIFFERENT elements'}"
 
 
+def not_applicable(hits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence per optimizer and reason for events that could not happen, such as one in a slot it does not keep."""
+    met: dict[tuple[str, str], set[str]] = {}
+    for hit in hits:
+        if not hit.get("applied", True):
+            met.setdefault((str(hit["optimizer"]), str(hit["reason"])), set()).add(str(hit["run"]))
+    return [
+        f"{optimizer}: the event could not happen in {len(runs)} runs ({reason}); they count as unharmed."
+        for (optimizer, reason), runs in sorted(met.items())
+    ]
+
+
 def case_table(recovery: Recovery, results: ResultsLike) -> TableBlock:
     """The campaign: what was planned for each case, whether it happened, and the damage averaged over optimizers."""
+    lines = planned_for(results.runs, results.campaign)
+    faulted = {str(run["id"]): id(lines[str(run["id"])]) for run in results.runs
+               if run["role"] == "fault" and str(run["id"]) in lines}  # fmt: skip
+    hits: dict[int, list[Mapping[str, Any]]] = {}
+    for hit in results.hits:
+        hits.setdefault(faulted.get(str(hit["run"]), 0), []).append(hit)
+    planned = dict.fromkeys(faulted.values(), 0) | Counter(faulted.values())
     rows = []
     for case in results.campaign:
-        number = int(case["replicate"])
-        part = recovery.measures.filter(pl.col("replicate") == number)
+        runs = [run for run, line in faulted.items() if line == id(case)]
+        part = recovery.measures.filter(pl.col("run").is_in(runs))
         mean = float(np.mean(part["excess_test_loss"].to_numpy())) if len(part) else None
         rows.append(
             [
-                number,
+                int(case["replicate"]),
+                case.get("fault", ""),
                 int(case["step"]),
                 int(case["epoch"]),
-                case["layer"],
+                case.get("site", ""),
+                case.get("layer", ""),
                 case.get("rule", {}).get("value"),
-                len(case["index"]),
-                realised(results, number, len(recovery.order)),
+                len(case.get("index") or ()),
+                realised(hits.get(id(case), []), planned.get(id(case), 0)),
                 f"{int(part['failed'].sum())} of {len(part)}",
                 mean,
             ]
         )
     columns = [
         Column("case", "d"),
+        Column("fault"),
         Column("hit step", "d"),
         Column("epoch", "d"),
+        Column("site"),
         Column("layer"),
         Column("value", ".3g"),
         Column("elements", "d"),
@@ -219,6 +246,9 @@ def pair_table(recovery: Recovery) -> TableBlock:
     names = [
         ("condition", "optimizer", ""),
         ("replicate", "case", "d"),
+        ("fault", "fault", ""),
+        ("outcome", "outcome", ""),
+        ("outcome_note", "", ""),
         ("failed", "failed", ""),
         ("pre_hit_loss", "loss before the hit", ".3f"),
         ("hit_loss", "loss at the hit", ".3g"),
@@ -231,6 +261,10 @@ def pair_table(recovery: Recovery) -> TableBlock:
         ("twin_test_loss", "twin's", ".4f"),
         ("excess_test_loss", "excess test loss", "+.4f"),
         ("excess_test_accuracy", "excess test accuracy", "+.4f"),
+        ("polluted", "polluted state", ""),
+        ("slot_ratio", "slot / twin's", ".3g"),
+        ("bn_ratio", "variance / twin's", ".3g"),
+        ("run", "run", ""),
     ]
     rows = recovery.measures.select([name for name, _, _ in names]).rows()
     caption = (
@@ -250,39 +284,3 @@ def head_table(recovery: Recovery) -> TableBlock:
         "bit (both masked) or both failed; a failed run loses to one that finished."
     )
     return TableBlock([Column(""), *(Column(name) for name in recovery.order)], rows, caption)
-
-
-def breakdown(recovery: Recovery, key: pl.Expr, title: str) -> TableBlock:
-    """Mean excess test loss and failures per optimizer and group of cases; described, not tested."""
-    tagged = recovery.measures.with_columns(key.alias("group"))
-    rows: list[list[Any]] = []
-    for group in sorted(set(tagged["group"].to_list())):
-        for name in recovery.order:
-            part = tagged.filter((pl.col("group") == group) & (pl.col("condition") == name))
-            if len(part):
-                rows.append(
-                    [
-                        group,
-                        name,
-                        len(part),
-                        item(mean_of(part, "excess_test_loss")),
-                        min(part["excess_test_loss"].to_list()),
-                        max(part["excess_test_loss"].to_list()),
-                        f"{int(part['failed'].sum())} of {len(part)}",
-                    ]
-                )
-    columns = [
-        Column(title),
-        Column("optimizer"),
-        Column("n", "d"),
-        Column("excess test loss (nats)", "+.4f"),
-        Column("best", "+.4f"),
-        Column("worst", "+.4f"),
-        Column("failed"),
-    ]
-    return TableBlock(
-        columns,
-        rows,
-        f"By {title}; mean over cases with its 95 % interval. Exploratory: no contrast here was planned, none is "
-        "tested.",
-    )

@@ -51,6 +51,11 @@ def paths(source: Source) -> list[Path]:
     return [found or _download(source, file) for found, file in zip(here, source.files, strict=True)]
 
 
+def present(source: Source) -> bool:
+    """Whether :func:`paths` would need no download; touches no network. StudyError for a damaged file."""
+    return any(files and None not in [_find(f) for f in files] for files in (source.files, source.alternatives))
+
+
 def _find(file: RemoteFile) -> Path | None:
     """The first copy in the searched folders, with the right checksum; None if there is none."""
     for folder in folders():

@@ -74,6 +74,13 @@ class Downloaded(Option):
 
         return paths(cls.origin())
 
+    @classmethod
+    def present(cls) -> bool:
+        """Whether its files are on this machine."""
+        from .files import present
+
+        return present(cls.origin())
+
 
 class Published(Downloaded):
     """A dataset published in a training and a test part."""
@@ -151,11 +158,12 @@ class TinyShakespeare(Downloaded):
     alphabet: Literal["letters", "all"] = Field("letters", description="a to y and space, or every character as it is")
     symbols: int = Field(25, ge=2, description="at most so many symbols; rarer ones become spaces")
     block: PositiveInt = Field(16, description="tokens in a window")
+    test: PositiveInt | None = Field(None, description="only so many test windows, evenly spaced; null = all")
 
     def build(self) -> Any:
         from .tinyshakespeare import load
 
-        return load(self.characters, self.alphabet, self.symbols, self.block)
+        return load(self.characters, self.alphabet, self.symbols, self.block, self.test)
 
 
 class Generated(Option):

@@ -41,9 +41,10 @@ def windows(ids: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return ids[:-1].unfold(0, block, 1), ids[1:].unfold(0, block, 1)
 
 
-def load(characters: int | None, alphabet: Alphabet, symbols: int, block: int) -> Data:
+def load(characters: int | None, alphabet: Alphabet, symbols: int, block: int, test_windows: int | None = None) -> Data:
     """Inputs and targets int64 ``[n, block]``: of the first ``characters`` the first 80 % are for training, the next
     10 % for validation, the rest for testing. No character is in two parts, neither as an input nor as a target.
+    Of the test windows ``test_windows`` stay (None: all), evenly spaced from the first to the last.
     """
     (path,) = paths(TINYSHAKESPEARE)
     text = path.read_text(encoding="utf-8")
@@ -55,6 +56,11 @@ def load(characters: int | None, alphabet: Alphabet, symbols: int, block: int) -
     if shortest <= block:
         raise UserError("dataset.block", block, f"less than {shortest}, the characters of the shortest part")
     train, validation, test = (windows(part, block) for part in (ids[:first], ids[first:second], ids[second:]))
+    if test_windows is not None:
+        if test_windows > len(test[0]):
+            raise UserError("dataset.test", test_windows, f"at most the {len(test[0])} test windows")
+        spaced = torch.linspace(0, len(test[0]) - 1, test_windows, dtype=torch.float64).round().long()
+        test = (test[0][spaced], test[1][spaced])
     return Data(
         "tinyshakespeare", *train, *validation, *test,
         classes=len(vocabulary),

@@ -8,7 +8,6 @@ from pydantic import Field, NonNegativeInt
 
 from ...core.specs import Option
 
-
 RESIZE = "side of the square that images are resized to first (bilinear); 0 = as they are"
 
 

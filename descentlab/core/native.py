@@ -1,0 +1,99 @@
+"""Builds one of the package's C files on first use with the machine's own C compiler.
+
+A library is kept in the user's cache folder under a name that holds its source, the compiler and the processor, so it
+is built once per machine. Without a compiler :func:`library` gives None after one notice, and the caller computes the
+same with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno")
+TYPES = {torch.float32: ("-DREAL=float",), torch.float64: ("-DREAL=double", "-DDOUBLE")}
+
+
+@functools.cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    found = {line for line in lines if line.startswith(("model name", "flags"))}
+    return "\n".join(sorted(found)) or platform.processor()
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "descentlab"
+
+
+@functools.cache
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+
+
+def _build(source: Path, compiler: str, dtype: torch.dtype) -> Path:
+    """The library for ``dtype``, compiled unless it is there; several processes may do this at once."""
+    arguments = [*FLAGS, *TYPES[dtype]]
+    parts = (source.read_bytes(), " ".join(arguments).encode(), _version(compiler), _processor().encode())
+    target = _folder() / f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / "made.so"
+            command = [compiler, *arguments, "-shared", "-fPIC", "-o", str(made), str(source), "-lm"]
+            subprocess.run(command, capture_output=True, check=True, timeout=120)
+            made.replace(target)
+    return target
+
+
+_enabled = True
+
+
+def enabled() -> bool:
+    """Whether this process takes compiled code where it can: off where a study was begun without."""
+    return _enabled
+
+
+@contextmanager
+def compiled_code(use: bool) -> Iterator[None]:
+    """Within: compiled code is used where it can be (True) or nowhere in this process (False), as before afterwards."""
+    global _enabled
+    before, _enabled = _enabled, use
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def library(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The C file built for ``dtype`` (a key of :data:`TYPES`); None, with a notice, where that or loading it fails."""
+    name = os.environ.get("CC") or "cc"
+    try:
+        compiler = shutil.which(name)
+        if compiler is None:
+            raise FileNotFoundError("no C compiler (cc, or the one named in CC)")
+        return ctypes.CDLL(str(_build(source, compiler, dtype)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None)
+        reason = said.decode(errors="replace").strip() if said else str(error)
+        warnings.warn(f"small networks train slower on this machine: {reason}", RuntimeWarning, stacklevel=3)
+        return None
+
+
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """The addresses of contiguous tensors as an argument of a C function."""
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))

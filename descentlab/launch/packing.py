@@ -1,0 +1,143 @@
+"""Which runs train side by side. The rule reads settings only (docs/decisions/0007-many-settings-in-one-ensemble.md).
+
+Cells that differ only in their fault form a *group*: a perturbed run and its twin share a prefix. On the ``vmap`` route
+groups that differ only in numbers the update takes per member, and in the learning-rate schedule, form an *ensemble*;
+elsewhere an ensemble is one group. Ensembles are cut into blocks of whole (group, replicate) units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ..config.identity import canonical
+from ..config.tree import StudySpec
+from ..core.specs import Option
+from ..engine.program import Route, RunPlan
+from ..optim.specs import TorchOption
+
+Update = Literal["slices", "vectorised", "rescaled"]
+SLICES = 16  # up to this many distinct settings of a block are torch's own parameter groups, one slice each
+SPLIT_FROM = 64  # members from which an ensemble makes two blocks, so that two processes share it
+
+
+def group_text(cell: StudySpec) -> str:
+    """Cells that differ in their fault only may share a prefix: canonical text of everything else."""
+    return canonical(_without(cell, "fault"))
+
+
+def ensemble_text(cell: StudySpec, route: Route) -> str:
+    """What the cells of one ensemble have in common."""
+    if route != "vmap":  # members run one after the other: nothing is gained
+        return group_text(cell)
+    return canonical({**_without(cell, "fault", "schedule"), "optimizer": _form(cell.optimizer)})
+
+
+def _without(cell: StudySpec, *keys: str) -> dict[str, Any]:
+    extents = [k for k, f in type(cell).model_fields.items() if _is_extent(f)]
+    return {k: v for k, v in cell.model_dump(mode="json").items() if k not in (*keys, *extents)}
+
+
+def _is_extent(f: Any) -> bool:
+    extra = f.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("extent"))
+
+
+def _form(optimizer: Option) -> dict[str, Any]:
+    """An optimizer without what may differ between members: of a shipped rule every number, of which only remains
+    whether it is zero (that switches a part of the rule, and its slot, off); of a third party's the learning rate."""
+    settings = optimizer.model_dump(mode="json")
+    if isinstance(optimizer, TorchOption):
+        return {key: _blank(value) for key, value in settings.items()}
+    return {key: value for key, value in settings.items() if key != "lr"}
+
+
+def _blank(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_blank(v) for v in value]
+    return value if isinstance(value, str | bool) or value is None else {"number": value != 0}
+
+
+def variant_of(cell: StudySpec) -> dict[str, Any]:
+    """The settings that members of one ensemble may have for themselves, the learning rate apart."""
+    optimizer = cell.optimizer.model_dump(mode="json")
+    return {
+        "optimizer": {k: v for k, v in optimizer.items() if k != "lr"},
+        "schedule": cell.schedule.model_dump(mode="json"),
+    }
+
+
+def choose_update(runs: Sequence[RunPlan], optimizer: Option) -> Update:
+    """The stated rule: at most 16 settings (rates included) are torch's parameter groups; more are the vectorised form
+    of a shipped rule, or rescaled displacements of a third party's, whose rates alone can differ."""
+    if len({(run.variant, run.lr) for run in runs}) <= SLICES:
+        return "slices"
+    return "vectorised" if isinstance(optimizer, TorchOption) else "rescaled"
+
+
+@dataclass
+class Ensemble:
+    """Groups that train side by side, as they are found. ``cells``: run id -> its cell."""
+
+    route: Route
+    engine: str
+    share_prefix: bool
+    most: int  # members of a block
+    memory: dict[str, int] | None = None  # how an accelerator's memory decided that
+    cells: dict[str, StudySpec] = field(default_factory=dict)
+    stages: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # run id -> the stages of its group
+    faulted: StudySpec | None = None  # a cell with a fault, for what blocks build from it
+    units: list[list[RunPlan]] = field(default_factory=list)  # the runs of one group and replicate
+
+    def add(self, plans: Sequence[RunPlan], cells: Mapping[str, StudySpec], stages: list[dict[str, Any]]) -> None:
+        """One group: its runs still to be packed, the cell of each, and what is done to it."""
+        by_replicate: dict[int, list[RunPlan]] = {}
+        for plan in plans:
+            by_replicate.setdefault(plan.replicate, []).append(plan)
+        self.units += by_replicate.values()
+        self.cells.update(cells)
+        self.stages.update(dict.fromkeys(cells, stages))
+
+    def blocks(self) -> list[list[RunPlan]]:
+        """The runs of each block, members of equal settings side by side, with their variant and group in it."""
+        text = {run: canonical(variant_of(cell)) for run, cell in self.cells.items()}
+        rank = {t: i for i, t in enumerate(dict.fromkeys(text[u[0].id] for u in self.units))}
+        units = sorted(self.units, key=lambda unit: (rank[text[unit[0].id]], unit[0].lr))
+        return [self._numbered(block, text) for block in pack(units, self.most)]
+
+    def _numbered(self, runs: Sequence[RunPlan], text: Mapping[str, str]) -> list[RunPlan]:
+        variants = {t: i for i, t in enumerate(dict.fromkeys(text[run.id] for run in runs))}
+        names = [(canonical(self.cells[run.id].identity()), run.perturbed) for run in runs]
+        groups = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        return [
+            replace(run, variant=variants[text[run.id]], group=groups[name])
+            for run, name in zip(runs, names, strict=True)
+        ]
+
+    def variants(self, runs: Sequence[RunPlan]) -> list[dict[str, Any]]:
+        """The settings behind the variant numbers of a block's runs."""
+        first = {run.variant: run.id for run in reversed(runs)}
+        return [variant_of(self.cells[first[v]]) for v in sorted(first)]
+
+    def settings(self, runs: Sequence[RunPlan]) -> dict[str, Any]:
+        """What a block's parts are built from: a cell with a fault where there is one, the block's first optimizer."""
+        own = self.cells[runs[0].id].model_dump(mode="json")
+        if self.faulted is None:
+            return own
+        return {**self.faulted.model_dump(mode="json"), "optimizer": own["optimizer"], "schedule": own["schedule"]}
+
+
+def pack(units: Sequence[list[RunPlan]], most: int) -> list[list[RunPlan]]:
+    """Units in their order as evenly filled blocks of at most ``most`` runs (a larger unit is a block of its own)."""
+    total = sum(len(unit) for unit in units)
+    count = max(math.ceil(total / most), 2 if total >= SPLIT_FROM else 1)
+    target = min(most, math.ceil(total / count))
+    packed: list[list[RunPlan]] = []
+    for unit in units:
+        if packed and len(packed[-1]) + len(unit) <= target:
+            packed[-1] += unit
+        else:
+            packed.append(list(unit))
+    return packed

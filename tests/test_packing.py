@@ -1,0 +1,171 @@
+"""Which runs share a block, and that a run does not notice: alone, in slices or among many settings, the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from descentlab.config.resolve import resolve
+from descentlab.engine.program import RunPlan
+from descentlab.launch import api
+from descentlab.launch.packing import pack
+from descentlab.launch.plan import make_plan
+from descentlab.store import equal_tables, load
+
+SGD = ["optimizer=sgd", "dataset=digits", "steps=4"]
+
+
+def blocks(*words: str, study: str = "training") -> list[dict[str, Any]]:
+    last = {word.partition("=")[0]: word for word in words}
+    return make_plan(resolve(study, list(last.values())), {})[0]["blocks"]
+
+
+def shape(*words: str) -> list[tuple[int, int, str]]:
+    """(runs, variants, update) of every block."""
+    return [(len(b["runs"]), len(b["variants"]), b["update"]) for b in blocks(*words)]
+
+
+MANY = ",".join(f"0.{i:02}" for i in range(1, 18))  # 17 numbers
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["optimizer.lr=0.1,0.2"], [(6, 1, "slices")]),
+        (["optimizer.momentum=0.5,0.9", "optimizer.lr=0.1,0.2"], [(12, 2, "slices")]),
+        (["optimizer.momentum=0,0.9"], [(3, 1, "slices")] * 2),  # zero switches the buffer off
+        (["optimizer={name: sgd, momentum: 0.9, nesterov: true},{name: sgd, momentum: 0.9}"], [(3, 1, "slices")] * 2),
+        (["schedule=constant,linear,cosine"], [(9, 3, "slices")]),
+        (["schedule.warmup_steps=0,1,5", "schedule=linear"], [(9, 3, "slices")]),
+        ([f"optimizer.lr={MANY}", "replicates=2"], [(34, 1, "vectorised")]),
+        ([f"optimizer.momentum={MANY}", "replicates=2"], [(34, 17, "vectorised")]),
+        (["optimizer=sgd,adam"], [(3, 1, "slices")] * 2),
+        (["batch_size=16,32"], [(3, 1, "slices")] * 2),
+        (["seed=1,2"], [(3, 1, "slices")] * 2),
+        (["dtype=float32,float64"], [(3, 1, "slices")] * 2),
+        (["optimizer=torch.optim:Rprop", "optimizer.lr=0.1,0.2"], [(6, 1, "slices")]),
+        (["optimizer=torch.optim:RAdam", f"optimizer.lr={MANY}", "replicates=2"], [(34, 1, "rescaled")]),
+        (["optimizer=torch.optim:RAdam", "optimizer.options={eps: 1e-8},{eps: 1e-7}"], [(3, 1, "slices")] * 2),
+        (["model=lenet5", "dataset=mnist5k", "optimizer.lr=0.1,0.2", "replicates=2"], [(2, 1, "slices")] * 2),
+    ],
+)
+def test_the_stated_rule(words: list[str], expected: list[tuple[int, int, str]]) -> None:
+    assert shape(*SGD, "replicates=3", *words) == expected
+
+
+def test_members_of_one_setting_stand_side_by_side() -> None:
+    words = ["optimizer.lr=0.1,0.2", "optimizer.momentum=0.5,0.9", "replicates=3"]
+    (block,) = blocks(*SGD, *words)
+    kinds = [(plan["variant"], plan["lr"]) for plan in block["plans"]]
+    assert kinds == sorted(kinds) and len(set(kinds)) == 4
+    cells = {
+        run.id: resolve("training", [*SGD, *words]).cells[run.cell] for run in resolve("training", [*SGD, *words]).runs
+    }
+    for plan in block["plans"]:
+        assert block["variants"][plan["variant"]]["optimizer"]["momentum"] == cells[plan["id"]].optimizer.momentum  # type: ignore[attr-defined]
+
+
+def test_a_run_and_its_twin_stay_together() -> None:
+    words = ["optimizer=sgd", "optimizer.lr=0.1,0.2", "cases=4", "model=mlp", "dataset=digits", "model.pool=0"]
+    (block,) = blocks(*words, study="recovery")
+    assert len(block["runs"]) == 16
+    pairs = {(p["replicate"], p["lr"]): [] for p in block["plans"]}  # type: ignore[var-annotated]
+    for p in block["plans"]:
+        pairs[p["replicate"], p["lr"]].append(p["perturbed"])
+    assert all(sorted(roles) == [False, True] for roles in pairs.values()) and len(pairs) == 8
+
+
+def test_length_in_epochs_and_steps() -> None:
+    one = blocks("dataset=digits", "epochs=1", "replicates=1")[0]["steps"]
+    assert one == make_plan(resolve("training", ["dataset=digits", "replicates=1"]), {})[0]["blocks"][0]["steps"] / 5
+    assert blocks("dataset=digits", "epochs=1", "batch_size=128", "replicates=1")[0]["steps"] == one // 2
+    assert blocks("dataset=digits", "epochs=3", "sampler=full", "replicates=1")[0]["steps"] == 3
+    assert blocks("dataset=digits", "steps=17", "replicates=1")[0]["steps"] == 17
+
+
+def units(sizes: Sequence[int]) -> list[list[RunPlan]]:
+    return [[RunPlan(f"{i}-{j}", i, 1, 0.1) for j in range(size)] for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([1] * 40, 250, [40]),
+        ([1] * 100, 250, [50, 50]),
+        ([1] * 600, 250, [200, 200, 200]),
+        ([2] * 4, 5, [4, 4]),
+        ([7, 1, 1], 5, [7, 2]),
+        ([], 5, []),
+    ],
+)
+def test_blocks_are_filled_evenly_and_units_stay_whole(sizes: list[int], most: int, expected: list[int]) -> None:
+    packed = pack(units(sizes), most)
+    assert [len(block) for block in packed] == expected
+    assert [run.id for block in packed for run in block] == [run.id for unit in units(sizes) for run in unit]
+
+
+def table(path: Path, *words: str) -> pl.DataFrame:
+    if not path.exists():
+        resolved = resolve("training", [*words, "observe.evaluate_every=0", "processes=1"])
+        assert api.run(resolved, path, launcher="local", with_report=False) == 0
+    return load(path).frame
+
+
+MLP_386 = ["model=mlp", "dataset=mnist5k", "steps=12", "replicates=2"]
+GRIDS = {
+    "slices": ["optimizer={NAME}", "optimizer.lr=0.01,0.03", "{KEY}=0.5,0.9"],
+    "vectorised": ["optimizer={NAME}", f"optimizer.lr={MANY}", "{KEY}=0.5,0.9"],
+}
+ALONE = ["optimizer={NAME}", "optimizer.lr=0.03", "{KEY}=0.9"]
+
+
+@pytest.mark.parametrize(("name", "key"), [("sgd", "momentum"), ("rmsprop", "alpha")])
+def test_mlp_386_is_the_same_to_the_bit_alone_in_slices_and_among_many_settings(
+    tmp_path: Path, name: str, key: str
+) -> None:
+    """Invariant 1 across settings. Fails when a slice gets its neighbour's momentum, or its rate only by rescaling."""
+
+    def words(grid: list[str]) -> list[str]:
+        return [*MLP_386, *(w.format(NAME=name, KEY=f"optimizer.{key}") for w in grid)]
+
+    alone = table(tmp_path / "alone", *words(ALONE))
+    ids = alone["run"].unique().to_list()
+    shared = [c for c in alone.columns if c != "cell"]
+    for update, grid in GRIDS.items():
+        many = table(tmp_path / update, *words(grid))
+        plan = json.loads((tmp_path / update / "plan.json").read_text())
+        assert {block["update"] for block in plan["blocks"]} == {update}
+        same = many.filter(pl.col("run").is_in(ids))
+        assert equal_tables(same.select(shared), alone.select(shared)) == []
+        mine = (pl.col("optimizer.lr") == 0.03) & (pl.col(f"optimizer.{key}") == 0.9)
+        assert sorted(many.filter(mine)["run"].unique()) == sorted(ids)
+        assert (many["lr"] == many["optimizer.lr"]).all()  # what was used is what the configuration column says
+
+
+def test_schedules_are_each_members_own(tmp_path: Path) -> None:
+    words = [*SGD, "replicates=2", "schedule={name: linear, steps: 8},{name: exponential, factor: 0.5}"]
+    frame = table(tmp_path / "s", *words)
+    for name, rate in (("linear", lambda t: 0.5 * (1 - t / 8)), ("exponential", lambda t: 0.5 * 0.5**t)):
+        part = frame.filter(pl.col("schedule") == name)
+        assert part.height == 8
+        assert [abs(lr - rate(t)) < 1e-15 for t, lr in part.select("step", "lr").iter_rows()] == [True] * 8
+
+
+def test_an_earlier_plan_is_continued_as_it_was() -> None:
+    """Blocks already planned stay; a plan written before variants existed is read as one variant."""
+    from descentlab.launch.plan import read_block
+
+    words = [*SGD, "optimizer.momentum=0.5,0.9", "replicates=2"]
+    known = make_plan(resolve("training", words), {})[0]
+    more = make_plan(resolve("training", [*SGD, "optimizer.momentum=0.5,0.9,0.95", "replicates=2"]), known)[0]
+    assert more["blocks"][: len(known["blocks"])] == known["blocks"] and len(more["blocks"][-1]["runs"]) == 2
+    old = known["blocks"][0]
+    old = {k: v for k, v in old.items() if k not in ("variants", "update")}
+    old["plans"] = [{k: v for k, v in p.items() if k not in ("variant", "group")} for p in old["plans"]]
+    block = read_block(old)
+    assert (block.variants, block.update) == (({},), "slices") and {r.variant for r in block.plan.runs} == {0}
