@@ -306,7 +306,7 @@ def test_ids_are_the_same_in_every_process() -> None:
 
 OPTIMIZERS = "adadelta, adagrad, adam, adamw, amsgrad, nadam, rmsprop, sgd"
 MISTAKES = [
-    ("recovry", [], "study = 'recovry': expected one of recovery, crossed, a YAML file or module:Name"),
+    ("recovry", [], "study = 'recovry': expected one of recovery, crossed, training, a YAML file or module:Name"),
     ("recovery", ["optimizer=adma"], f"optimizer = 'adma': expected one of {OPTIMIZERS} or module:Name."),
     ("recovery", ["optimizer=adma"], "did you mean 'adam'?"),
     ("recovery", ["optimiser.lr=0.1"], "optimiser.lr = 0.1: expected a setting of the study."),
@@ -347,7 +347,7 @@ MISTAKES = [
     (
         "recovery",
         ["preset=publishd"],
-        "preset = 'publishd': expected one of default, published. did you mean 'published'?",
+        "preset = 'publishd': expected one of default, published, spike. did you mean 'published'?",
     ),
     (
         "recovery",

@@ -71,7 +71,7 @@ def assert_sound(state: State, columns: dict[str, list[Any]], start: Tree, count
     assert all(bool(torch.isfinite(t).all()) for t in leaves(state.params))
     assert not [name for name, p in state.params.items() if torch.equal(p[0], start[name])]
     assert len(columns["train_loss"]) == STEPS and np.isfinite([*columns["train_loss"], columns["test_loss"][-1]]).all()
-    assert columns["nonfinite_params"] == [0] * STEPS
+    assert list(columns["nonfinite_params"]) == [0] * STEPS
 
 
 def test_lockstep_equals_virtual_with_a_barrier_to_the_bit(case: tuple[CrossedSpec, Route, int]) -> None:

@@ -64,7 +64,7 @@ def test_the_page_opens_without_console_errors_and_draws_every_figure(browser: A
     images = browser.execute_script(
         "return Array.from(document.images).map(i => [i.naturalWidth, i.alt, i.clientWidth])"
     )
-    assert len(images) == 6
+    assert len(images) == 7
     assert all(natural > 0 and alt and shown > 100 for natural, alt, shown in images)
     assert not errors(browser)
 

@@ -125,7 +125,10 @@ def dump(value: Any) -> str:
 
 def inline(value: Any) -> str:
     """``value`` on one line, as it would be typed after ``key=``."""
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, allow_unicode=True, width=1 << 20)
+    options: dict[str, Any] = {"sort_keys": False, "default_flow_style": True, "allow_unicode": True, "width": 1 << 20}
+    if isinstance(value, str):  # inside a list a comma needs quotes, and so it does on a command line
+        return yaml.dump([value], Dumper=_Dumper, **options).removesuffix("\n")[1:-1]
+    text = yaml.dump(value, Dumper=_Dumper, **options)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
