@@ -108,9 +108,9 @@ def test_run_keeps_every_argument_whole(docker: Docker) -> None:
 def test_run_of_files(docker: Docker) -> None:
     (docker.work / "my study.yaml").write_text("study: recovery\n")
     (docker.work / "look.py").write_text("")
-    here = ["--volume", f"{docker.work}:/lab/work:ro"]
+    here = ["--volume", f"{docker.work}:/lab/files:ro"]
     assert docker("run", "my study.yaml", "seed=1")[1] == [
-        ["run", "--init", *VOLUMES, "--rm", *here, "descentlab:cpu", "run", "/lab/work/my study.yaml", "seed=1"]
+        ["run", "--init", *VOLUMES, "--rm", *here, "descentlab:cpu", "run", "/lab/files/my study.yaml", "seed=1"]
     ]
     assert docker("run", "./look.py", "-v")[1] == [
         [
@@ -122,7 +122,7 @@ def test_run_of_files(docker: Docker) -> None:
             "--entrypoint",
             "python3",
             "descentlab:cpu",
-            "/lab/work/look.py",
+            "/lab/files/look.py",
             "-v",
         ]
     ]
@@ -153,7 +153,7 @@ def test_gpu_recovery_and_optimizer(docker: Docker, verb: str, options: list[str
 
 def test_interactive_without_a_terminal(docker: Docker) -> None:
     _, calls, _ = docker("interactive")
-    here = ["--volume", f"{docker.work}:/lab/work:ro"]
+    here = ["--volume", f"{docker.work}:/lab/files:ro"]
     assert calls == [["run", "--init", "--rm", *VOLUMES, *here, "--entrypoint", "bash", "descentlab:cpu"]]
 
 
