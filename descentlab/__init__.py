@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .observe.curvature import hessian as hessian
     from .observe.curvature import top_k as top_k
+    from .observe.noise import gradient_covariance as gradient_covariance
+    from .observe.spectrum import spectral_density as spectral_density
+    from .observe.spectrum import trace as trace
     from .perturb.inject import inject as inject
     from .store.results import Results
     from .store.results import load as load
@@ -19,12 +22,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module, imported on first use
+    "gradient_covariance": "observe.noise",
     "hessian": "observe.curvature",
     "inject": "perturb.inject",
     "load": "store.results",
+    "spectral_density": "observe.spectrum",
     "top_k": "observe.curvature",
+    "trace": "observe.spectrum",
 }
-__all__ = ["__version__", "hessian", "inject", "load", "run", "top_k"]
+__all__ = [
+    "__version__",
+    "gradient_covariance",
+    "hessian",
+    "inject",
+    "load",
+    "run",
+    "spectral_density",
+    "top_k",
+    "trace",
+]
 
 
 def run(

@@ -139,3 +139,12 @@ def test_examples_are_ten_lines() -> None:
     for path in EXAMPLES.glob("*.py"):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         assert len(lines) <= 11, path.name  # ten lines of code below one of text
+
+
+def test_the_spectrum_example(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    runpy.run_path(str(EXAMPLES / "spectrum.py"))
+    first, second = capsys.readouterr().out.splitlines()
+    stated, error = float(first.split()[1]), float(first.split()[3].rstrip(";"))
+    assert abs(stated - float(first.split()[-1])) < 0.2 * stated and error < 0.1 * stated
+    assert float(second.split()[5]) > 0
