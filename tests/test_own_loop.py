@@ -145,6 +145,7 @@ def test_the_spectrum_example(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     runpy.run_path(str(EXAMPLES / "spectrum.py"))
     first, second = capsys.readouterr().out.splitlines()
-    stated, error = float(first.split()[1]), float(first.split()[3].rstrip(";"))
-    assert abs(stated - float(first.split()[-1])) < 0.2 * stated and error < 0.1 * stated
+    words = first.replace(";", "").split()
+    stated, error, other, spread = (float(words[i]) for i in (1, 3, 6, 8))
+    assert abs(stated - other) < 5 * spread and 0 < error < 0.3 * stated
     assert float(second.split()[5]) > 0
