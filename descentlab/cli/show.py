@@ -82,7 +82,8 @@ def _line(*words: Any) -> None:
 
 
 def choices(kind: str) -> None:
-    """What there is of one kind, with defaults. The name comes first on a line, what is indented belongs to it."""
+    """What there is of one kind, with defaults (said once where neighbours have the same). The name comes first on a line, what is indented belongs
+    to it."""
     from ..config import rooms
 
     known = [*rooms.kinds(), "studies"]
@@ -93,6 +94,7 @@ def choices(kind: str) -> None:
         raise UserError("KIND", kind, f"one of {', '.join(known)}", hint=nearest(kind, known))
     entries = rooms.entries(kind)
     width = max(len(entry.name) for entry in entries)
+    before = ""
     for entry in entries:
         of = f"{entry.key}: " if kind == "workloads" else ""
         defaults = ", ".join(f"{key} = {inline(v)}" for key, v in entry.defaults.items())
@@ -101,7 +103,8 @@ def choices(kind: str) -> None:
             continue
         typer.echo(f"{entry.name:<{width}}  {of}{entry.summary}")
         if defaults:
-            typer.echo(" " * (width + 2) + defaults)
+            typer.echo(" " * (width + 2) + ("same settings" if defaults == before else defaults))
+        before = defaults
 
 
 def _studies() -> None:
