@@ -82,8 +82,8 @@ def _line(*words: Any) -> None:
 
 
 def choices(kind: str) -> None:
-    """What there is of one kind, with defaults (said once where neighbours have the same). The name comes first on a line, what is indented belongs
-    to it."""
+    """What there is of one kind, with defaults, said once where neighbours have the same. The name comes first on a
+    line, what is indented belongs to it."""
     from ..config import rooms
 
     known = [*rooms.kinds(), "studies"]
