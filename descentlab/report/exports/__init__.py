@@ -14,6 +14,11 @@ EXPORTS = {  # name -> (what it writes, "module:function"), the function taking 
         "the file tree of the published recovery experiments, strict JSON",
         "descentlab.report.exports.v3:export",
     ),
+    "starter": ("a folder per run with stats.csv, config.yaml and done", "descentlab.report.exports.starter:export"),
+    "tensorboard": ("event files", "descentlab.report.exports.loggers:tensorboard"),
+    "wandb": ("offline runs", "descentlab.report.exports.loggers:wandb"),
+    "mlflow": ("an SQLite file", "descentlab.report.exports.loggers:mlflow"),
+    "trackio": ("a local project", "descentlab.report.exports.loggers:trackio"),
 }
 
 

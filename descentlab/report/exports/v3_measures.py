@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from ...analysis.failures import FAILED, PENDING, Score, Scores, excess_accuracies, excess_losses, final_scores
+from ...analysis.recovery import analyse_recovery
 from ...analysis.results import ResultsLike, cell_settings, class_count, condition_labels, last_attempts
 from ...core.errors import UserError
 
@@ -33,6 +34,9 @@ NOTES = (
     "seed is the study's seed and replicate the number its streams are keyed by; every optimizer shares both.",
     "accuracy_change counts the progress that training makes anyway. Every optimizer has a fault-free twin: "
     "excess_test_loss (nats) and excess_test_accuracy are over it.",
+    "outcome is one of the labels of docs/outcomes.md; polluted_state is where the fault left its mark.",
+    "intermediate_summary.json holds the final state only, for the export is written at once; while a run goes on, "
+    "status and report have what there is.",
     "A number that is not finite is null, and non_finite in the same object names it.",
 )
 STAGES = {"forward": "fwrd_inject", "grad_input": "bkwd_inject", "grad_weight": "bkwd_inject"}
@@ -170,7 +174,7 @@ def gather(results: ResultsLike) -> Campaign:
     labels = {cell: file_name(label) for cell, label in condition_labels(cells).items()}
     pairs = _pairs(results, labels)
     scores = final_scores(results, [[run, twin] for run, twin in pairs.values()], class_count(results.spec))
-    excess = _excess(pairs, scores)
+    excess, named = _excess(pairs, scores), outcome_labels(results)
     frame = last_attempts(results.frame)
     rows = {str(key[0]): part for key, part in frame.partition_by("run", as_dict=True).items()}
     status = {str(line["run"]): line for line in results.status}
@@ -189,7 +193,12 @@ def gather(results: ResultsLike) -> Campaign:
             continue
         outcomes = {
             name: _outcome(
-                name, int(case["step"]), rows.get(run), scores[run], scores.chance, _beside(scores[twin], excess[run])
+                name,
+                int(case["step"]),
+                rows.get(run),
+                scores[run],
+                scores.chance,
+                _beside(scores[twin], excess[run]) | named.get(run, {}),
             )
             for name, (run, twin) in chosen.items()
         }
@@ -202,6 +211,13 @@ def gather(results: ResultsLike) -> Campaign:
         ]
         experiments.append(Experiment(number, config, outcomes, crashed, tuple(run for run, _ in chosen.values())))
     return Campaign(list(labels.values()), experiments, unfinished, configs)
+
+
+def outcome_labels(results: ResultsLike) -> dict[str, dict[str, Any]]:
+    """Faulted run -> its label as in the report (docs/outcomes.md) and what the label was read from."""
+    measures = analyse_recovery(results, class_count(results.spec)).measures
+    names = {"outcome": "outcome", "outcome_note": "outcome_note", "polluted": "polluted_state"}
+    return {row["run"]: {new: row[old] for old, new in names.items()} for row in measures.iter_rows(named=True)}
 
 
 def file_name(label: str) -> str:
