@@ -42,7 +42,8 @@ def krylov(matrix: Operator, start: Tensor, generator: torch.Generator) -> Itera
         if betas:
             side = torch.tensor(betas, dtype=torch.float64)
             tridiagonal += torch.diag(side, 1) + torch.diag(side, -1)
-        found = Krylov(basis, *torch.linalg.eigh(tridiagonal), beta)
+        values, small = torch.linalg.eigh(tridiagonal)
+        found = Krylov(basis, values, small, beta)
         if beta <= 1e-12 * found.scale:
             found = found._replace(beta=0.0)
         yield found
