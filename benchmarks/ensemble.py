@@ -18,10 +18,11 @@ Ratios are time per member-step of the other over time per member-step of descen
 - ``vs_loop_cnn``, ``vs_loop_lenet5``: as ``vs_loop`` for the recovery study's BatchNorm network and LeNet5, in blocks
   of 5; ``…_two_threads``: against the loop with two threads.
 
-Others: ``store_share``, the share of the processor time of a default step that goes into making and writing rows;
-``slope``, of the logarithm of time against the logarithm of members, one process, 250 to 2,000 members in blocks of
-250; ``memory_steps`` and ``memory_members``, peak memory with four times the steps and four times the members over
-that without.
+Others: ``store_share``, the share of the processor time of a default step that goes into making and writing rows, a
+part every 60,000 rows (``run`` writes one every 65,536); ``slope``, of the logarithm of processor time against the
+logarithm of members, one process, 250 to 2,000 members in blocks of 250, one epoch each, so that every turn draws one
+permutation per member; ``memory_steps`` and ``memory_members``, peak memory with four times the steps and four times
+the members over that without. ``--quick`` leaves out what the bounds do not need (null).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import math
 import multiprocessing
 import os
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +46,11 @@ from contestants import EPOCH, STORE_S, Advance, blocks, cell, ensemble, jax_ens
 WARM_UP = 10
 SIZES = (250, 500, 1000, 2000)  # members for the slope; 125, half a block, is printed beside them
 CNN_UPDATES, CNN_MEMBERS = 10, 10
+PART = 4 * EPOCH  # updates after which a block of 250 has 60,000 rows to write
+FULL_ONLY = {
+    *("loop_all_cores", "descentlab_unobserved", "loop_unobserved", "jax_split", "jax_unobserved"),
+    *("cnn_loop_two_threads", "lenet5_loop_two_threads"),
+}
 
 
 def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax: bool) -> dict[str, Advance]:
@@ -56,10 +63,11 @@ def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax
     default = cell(device=arguments.device)
     found: dict[str, Advance] = {
         "descentlab": ensemble(own, default),
-        "descentlab_unobserved": ensemble(own, plain),
         "loop": loop(default),
-        "loop_unobserved": loop(plain, evaluate=False),
     }
+    if not arguments.quick:
+        found["descentlab_unobserved"] = ensemble(own, plain)
+        found["loop_unobserved"] = loop(plain, evaluate=False)
     for model in ("cnn", "lenet5"):
         settings, five = cell(model, device=arguments.device), MEMBERS_PER_BLOCK["member"]
         found[model] = ensemble(blocks(CNN_MEMBERS, worker, count, five), settings)
@@ -68,11 +76,12 @@ def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax
         found[f"members_{size // 2}"] = ensemble([range(size // 2)], default)
         whole = ensemble(blocks(max(SIZES), 0, 1, size), default)
         found |= {f"members_{several}": partial(whole, first=several // size) for several in SIZES}
-    if with_jax:
-        found["jax_split"] = jax_ensemble([r for block in own for r in block], observed=True)
-        if worker == 0:
-            found["jax"] = jax_ensemble(list(range(members)), observed=True)
+    if with_jax and worker == 0:
+        found["jax"] = jax_ensemble(list(range(members)), observed=True)
+        if not arguments.quick:
             found["jax_unobserved"] = jax_ensemble(list(range(members)), observed=False)
+    if with_jax and not arguments.quick:
+        found["jax_split"] = jax_ensemble([r for block in own for r in block], observed=True)
     return found
 
 
@@ -111,11 +120,11 @@ def measure(links: list[Connection], name: str, updates: int) -> float:
     return 1e6 * elapsed / steps
 
 
-def turns(links: list[Connection], with_jax: bool) -> dict[str, Callable[[], float]]:
+def turns(links: list[Connection], with_jax: bool, quick: bool) -> dict[str, Callable[[], float]]:
     """What is measured in every repeat, rivals side by side."""
     one, everyone = partial(measure, links[:1]), partial(measure, links)
     found = {
-        "descentlab": partial(everyone, "descentlab", EPOCH),
+        "descentlab": partial(everyone, "descentlab", PART),
         "loop": partial(one, "loop", EPOCH),
         "loop_all_cores": partial(everyone, "loop", EPOCH),
         "descentlab_unobserved": partial(everyone, "descentlab_unobserved", EPOCH),
@@ -130,8 +139,8 @@ def turns(links: list[Connection], with_jax: bool) -> dict[str, Callable[[], flo
         found[f"{model}_loop"] = partial(one, f"{model}_loop", CNN_UPDATES)
         found[f"{model}_loop_two_threads"] = partial(one, f"{model}_loop_two_threads", CNN_UPDATES)
     for several in (SIZES[0] // 2, *SIZES):
-        found[f"members_{several}"] = partial(one, f"members_{several}", EPOCH // 3)
-    return found
+        found[f"members_{several}"] = partial(one, f"members_{several}", EPOCH)
+    return {name: turn for name, turn in found.items() if not (quick and name in FULL_ONLY)}
 
 
 def contest(arguments: argparse.Namespace, with_jax: bool) -> tuple[dict[str, list[float]], int]:
@@ -149,7 +158,7 @@ def contest(arguments: argparse.Namespace, with_jax: bool) -> tuple[dict[str, li
         workers.append(worker)
     for link in links:
         assert link.recv() == "ready"
-    measured = alternate(turns(links, with_jax), 3 if arguments.quick else 9)
+    measured = alternate(turns(links, with_jax, arguments.quick), 3 if arguments.quick else 9)
     for link, worker in zip(links, workers, strict=True):
         link.send(None)
         worker.join()
@@ -168,10 +177,10 @@ def peak_memory(link: Connection, members: int, updates: int, device: str) -> No
     link.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def memory(device: str) -> dict[str, float]:
+def memory(device: str, steps: int) -> dict[str, float]:
     """Peak memory in MB of fresh processes, side by side."""
     context = multiprocessing.get_context("spawn")
-    jobs = {"250 members, 300 steps": (250, 300), "4 x steps": (250, 1200), "4 x members": (1000, 300)}
+    jobs = {f"250 members, {steps} steps": (250, steps), "4 x steps": (250, 4 * steps), "4 x members": (1000, steps)}
     links, found = {}, {}
     for name, (members, updates) in jobs.items():
         links[name], theirs = context.Pipe()
@@ -183,8 +192,8 @@ def memory(device: str) -> dict[str, float]:
 
 
 def slope(measured: dict[str, list[float]]) -> float:
-    """Least-squares slope of log time against log members, time being the least of the repeats."""
-    points = [(math.log(n), math.log(n * min(measured[f"members_{n}"]))) for n in SIZES]
+    """Least-squares slope of log time against log members, time being the median over the repeats."""
+    points = [(math.log(n), math.log(n * statistics.median(measured[f"members_{n}"]))) for n in SIZES]
     x, y = (sum(p[i] for p in points) / len(points) for i in (0, 1))
     return round(sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points), 3)
 
@@ -220,9 +229,10 @@ def main() -> None:
     measured, processes = contest(arguments, with_jax)
     ratios = ratios_of(measured, with_jax)
     ratios["store_share"] = round(sorted(STORE_SHARE["descentlab"])[len(STORE_SHARE["descentlab"]) // 2], 4)
-    ratios["slope"] = slope(measured)
-    held = memory(arguments.device)
-    base = held["250 members, 300 steps"]
+    ratios["slope"] = slope(CPU_MICROSECONDS)
+    steps = EPOCH if arguments.quick else 5 * EPOCH
+    held = memory(arguments.device, steps)
+    base = held[f"250 members, {steps} steps"]
     ratios |= {
         "memory_steps": round(held["4 x steps"] / base, 3),
         "memory_members": round(held["4 x members"] / base, 3),

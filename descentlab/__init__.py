@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .launch.generator import train as train
+    from .observe.corruption import corruption as corruption
     from .observe.curvature import hessian as hessian
     from .observe.curvature import top_k as top_k
     from .observe.noise import gradient_covariance as gradient_covariance
@@ -22,16 +24,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module, imported on first use
+    "corruption": "observe.corruption",
     "gradient_covariance": "observe.noise",
     "hessian": "observe.curvature",
     "inject": "perturb.inject",
     "load": "store.results",
     "spectral_density": "observe.spectrum",
     "top_k": "observe.curvature",
+    "train": "launch.generator",
     "trace": "observe.spectrum",
 }
 __all__ = [
     "__version__",
+    "corruption",
     "gradient_covariance",
     "hessian",
     "inject",
@@ -40,6 +45,7 @@ __all__ = [
     "spectral_density",
     "top_k",
     "trace",
+    "train",
 ]
 
 

@@ -13,6 +13,7 @@ import typer
 from descentlab.cli.main import app
 from descentlab.config import rooms
 from descentlab.config.resolve import resolve
+from descentlab.launch.profile import read_profile
 
 ROOT = Path(__file__).parent.parent
 THIRD_PARTY = ROOT / "examples" / "third_party"
@@ -73,7 +74,9 @@ def bad_command(command: str) -> str | None:
     if not plain:
         return f"descentlab {name} needs an argument"
     if name in ("run", "show"):
-        resolve(plain[0], plain[1:])  # raises for a study or a setting that does not exist
+        read_profile(s for s in plain[1:] if s.startswith("launcher.") and "=FILE" not in s)
+        own = [s for s in plain[1:] if not s.startswith("launcher.")]
+        resolve(plain[0], own)  # raises for a study or a setting that does not exist
     elif name == "list":
         rooms.entries(plain[0])
     return None

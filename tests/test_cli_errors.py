@@ -228,7 +228,7 @@ def test_status_counts_and_names_what_went_wrong(directory: Path, monkeypatch: p
     )
     monkeypatch.setattr(store, "status", lambda path: state, raising=False)
     assert invoke("status", str(directory)).stdout.splitlines() == [
-        "recovery: 1 failed, 1 diverged",
+        "recovery: 1 failed, 1 diverged, 70 %",
         "block b1 failed 2/5 steps out of memory",
         "run r0 diverged 5 steps loss is NaN",
         "run r1 failed 2 steps",

@@ -89,9 +89,34 @@ def test_the_networks_of_the_published_program() -> None:
         assert sum(p.numel() for p in model.parameters()) == 11_186_442
 
 
+def test_published_names_of_networks_from_the_vision_extra() -> None:
+    for published, own in {"effnet": "efficientnet_b0", "densenet": "densenet121", "nfnet": "nf_resnet26"}.items():
+        settings = native(["--model", published, "--dataset", "cifar10", "--optimizers", "adam"]).settings
+        assert resolve("recovery", settings).cells[0].model.name == own
+
+
 def test_the_version_before_is_accepted() -> None:
-    wanted = native(["--baseline", "adam", "--test-optimizers", "sgd", "rmsprop"])
+    """Resolved: the baseline trains with the published settings and the rate that was given, the others continue."""
+    wanted = native(["--baseline", "adam", "--test-optimizers", "sgd", "rmsprop", "--learning-rate", "3e-3"])
     assert {"protocol=baseline", "baseline=adam", "optimizer=sgd,rmsprop"} <= set(wanted.settings)
+    cells = [cell.model_dump() for cell in resolve("recovery", wanted.settings).cells]
+    assert [cell["optimizer"]["name"] for cell in cells] == ["sgd", "rmsprop"]
+    for cell in cells:
+        assert (cell["protocol"], cell["carry_state"]) == ("baseline", True)
+        assert (cell["baseline"]["lr"], cell["baseline"]["eps"], cell["optimizer"]["lr"]) == (3e-3, 1e-7, 3e-3)
+    assert any("--set carry_state=false" in note for note in wanted.notes)
+
+
+def test_the_version_before_runs_and_exports(tmp_path: Path) -> None:
+    """Both optimizers continue one prefix: before the fault their published histories are the same, after it not."""
+    given = "--baseline adam --test-optimizers sgd rmsprop --num-experiments 1 --steps-after-injection 5"
+    more = "--max-target-epoch 0 --launcher local"
+    code, said = invoke("v3", *given.split(), *more.split(), "--out", str(tmp_path / "run"), "--set", *SMALL)
+    assert code == 0, said
+    files = tmp_path / "run" / "export" / "v3" / "experiment_000"
+    sgd, rmsprop = ((files / f"history_{name}.csv").read_text().splitlines() for name in ("sgd", "rmsprop"))
+    assert len(sgd) == len(rmsprop) > 7 and sgd[:-5] == rmsprop[:-5] and sgd[-1] != rmsprop[-1]
+    assert "Protocol baseline: adam trained up to" in (tmp_path / "run" / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def test_a_file_may_be_written_by_hand(tmp_path: Path) -> None:
         ("study: recovery\nseed: 1\ngrid: {seed: [1, 2]}", "seed = 'a value and a grid': expected one of the two"),
         ("study: recovery\ngrid: {study: [crossed]}", "study = ['crossed']: expected one value"),
         ("study: recovery\noptimiser: {lr: 1}", "did you mean 'optimizer.lr'?"),
+        ("study: recovery\noptimizer.lr: 1e-3", "expected a block in a file, optimizer: {lr: 0.001}"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, text: str, says: str) -> None:

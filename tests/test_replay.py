@@ -88,6 +88,18 @@ def test_a_row_of_the_published_file_is_hit_exactly(replayed: store.Results) -> 
         assert hit["new"] == [1.5e4, -2.25, float(np.float32(1e30))] and hit["old"] != hit["new"]
 
 
+def test_the_settings_of_a_replay_are_shown_with_their_defaults(tmp_path: Path) -> None:
+    """What ``show`` and ``run`` print first: ``path`` has no default to compare with, ``row`` and ``step`` have one."""
+    path = write(tmp_path / "faults.csv", ROW)
+    rows = resolve("recovery", [*SMALL, "fault=replay", f"fault.path={path}"]).effective()
+    assert {row.key: row.is_default for row in rows if row.key.startswith("fault.")} == {
+        "fault.path": False,
+        "fault.row": True,
+        "fault.hit": True,
+        "fault.step": True,
+    }
+
+
 def test_a_hit_of_an_earlier_run_is_hit_again(replayed: store.Results, tmp_path: Path) -> None:
     """By case, by run, and from its campaign file: the same elements and values each time."""
     run = replayed.hits[1]["run"]

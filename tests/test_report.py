@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from synthetic import crossed_results, recovery_results
 
+from descentlab.config.resolve import resolve
 from descentlab.core.errors import StudyError
+from descentlab.launch import api
 from descentlab.report import Column, Paragraph, Report, Section, SummaryItem, TableBlock, Verdict
 from descentlab.report.figures import DOUBLE, SINGLE, Dot, interval_plot, signed
 from descentlab.report.markdown import markdown
@@ -183,6 +187,26 @@ def test_crossed_finds_the_planted_interaction_and_no_other() -> None:
     assert sum("more than the sum" in t for t in texts) == 1 and sum("within noise" in t for t in texts) == 5
     assert built.summary["crossed/sgd+none+barrier+none/accuracy"].n == 10
     assert "crossed/sgd+N16_RD+staleness=2+powersgd/excess_test_loss" in built.summary
+
+
+def test_crossed_names_a_factor_that_all_cells_share() -> None:
+    """It is no column of the frame; taking the base level's name for it would say ``barrier`` of stale gradients."""
+    results = crossed_results(replicates=3, diverge=False)
+    stale = results.frame.filter(pl.col("timeline") == "constant", pl.col("compressor") == "none")
+    results.frame = stale.drop("timeline", "timeline.staleness", "compressor", "compressor.rank")
+    results.runs = [run for run in results.runs if run["cell"] in set(results.frame["cell"])]
+    results.spec |= {"timeline": {"name": "constant", "staleness": 2}, "compressor": {"name": "none"}}
+    assert {key[1:] for key in factorial(results, 10).keys} == {(f, "staleness=2", "none") for f in ("none", "N16_RD")}
+
+
+def test_the_report_waits_for_the_imports_made_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that import parts of matplotlib at once can see it half made; a report used to fail now and then."""
+    order = []
+    monkeypatch.setattr(api, "_warm_up", lambda resolved: (time.sleep(2), order.append("imported")))
+    monkeypatch.setattr(api, "report", lambda path: order.append("report"))
+    settings = ["model=mlp", "steps=1", "replicates=1", "observe.evaluate_every=0"]
+    assert api.run(resolve("training", settings), tmp_path / "run", launcher="local") == 0
+    assert order == ["imported", "report"]
 
 
 def test_crossed_interaction_by_hand() -> None:

@@ -305,7 +305,8 @@ def interrupted(out: Path, settings: list[str]) -> None:
     """A run that has stopped before its end, as a signal would leave it."""
     directory_settings = resolve("crossed", settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("descentlab.launch.api._in_process", lambda *a: [])
+        stopped = lambda directory, keys, *_: [Outcome(key, "interrupted") for key in keys]  # noqa: E731
+        patch.setattr("descentlab.launch.execute.in_process", stopped)
         api.run(directory_settings, out, launcher="local", with_report=False)
 
 

@@ -12,7 +12,7 @@ from commands import THIRD_PARTY as EXAMPLES
 from commands import beside_the_examples
 
 import descentlab as dl
-from descentlab.core.errors import UserError
+from descentlab.core.errors import StudyError, UserError
 from descentlab.store import Results
 
 QUICK = ("size=quick", "cases=1", "recovery_steps=2", "model=mlp", "batch_size=8")
@@ -120,6 +120,16 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = dl.run("my_study:STUDY", "steps=4", "model=mlp", out=tmp_path / "run", launcher="local")
     assert len(results.runs) == 6 and results.frame.height == 24 and set(results.frame["batch_size"]) == {16, 64}
     assert "batch size 16: " in capsys.readouterr().out and (tmp_path / "run" / "report" / "index.html").exists()
+    dl.run("my_study:STUDY", "steps=4", "model=mlp", "batch_size=8", out=tmp_path / "one", launcher="local")
+    assert "batch size 8: " in capsys.readouterr().out  # what does not vary is no column of the frame, a label is
+
+
+def test_a_study_without_training_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import my_study
+
+    monkeypatch.setattr(my_study, "stages", lambda cell: [])
+    with pytest.raises(StudyError, match="no stage of kind 'train'"):
+        dl.run("my_study:STUDY", "steps=4", "model=mlp", out=tmp_path / "run", launcher="local")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +144,24 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_observable_that_is_none_is_named_before_anything_runs(name: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"observe.extra = '{name}': expected .*{text}"):
         dl.run("recovery", *QUICK, f"observe.extra=[{name}]", out=tmp_path / "run", launcher="local")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("optimizer=nowhere:X", "optimizer = 'nowhere:X': expected an importable module"),
+        ("optimizer=my_optimizer:X", "optimizer = 'my_optimizer:X': expected a name defined in module"),
+        ("optimizer=my_fault:StuckColumn", "expected a subclass of torch.optim.Optimizer"),
+        ("schedule=nowhere:X", "schedule = 'nowhere:X': expected an importable module"),
+        ("fault=nowhere:X", "fault = 'nowhere:X': expected an importable module"),
+        ("model=nowhere:X", "model = 'nowhere:X': expected an importable module"),
+        ("fault={name: my_fault:StuckColumn, options: {x: 1}}", "expected arguments of my_fault:StuckColumn"),
+    ],
+)
+def test_a_class_that_is_none_is_named_before_anything_runs(setting: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=text):
+        dl.run("recovery", "size=quick", "cases=1", setting, out=tmp_path / "run", launcher="local")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..theory.slots import WITHIN, slot_steps, variance_steps
+from ..theory.slots import WITHIN, slot_steps, update_steps, variance_steps
 
 POLLUTED = 10.0  # a state is called polluted from this ratio to the twin on; batch noise alone stays far below
 BN_MOMENTUM = 0.1  # torch's default, which every shipped model uses
+FROZEN = 0.5  # updates are called frozen when right after the hit they are below this share of the twin's
 STATES = {"slot_max": "optimizer slot", "bn_var_max": "BatchNorm variance", "update_norm": "weights"}
 
 
@@ -37,13 +38,46 @@ def last_abnormal(at: np.ndarray, ratios: np.ndarray) -> int | None:
     return None if at[later[-1]] == at.max() else int(at[later[-1]])
 
 
-def pollution(at: np.ndarray, series: Mapping[str, np.ndarray], optimizer: Mapping[str, Any]) -> dict[str, Any]:
+def smoothing(rows: int) -> int:
+    """Rows of the centred moving average over sizes of updates: a twentieth of what was watched, odd, at most 41."""
+    return max(1, min(41, rows // 20)) | 1
+
+
+def moving_average(values: np.ndarray, width: int) -> np.ndarray:
+    """Centred moving average of those that are finite, shorter at the ends; NaN where there is none."""
+    half, known = width // 2, np.isfinite(values)
+    total, count = (np.concatenate([[0.0], np.cumsum(v)]) for v in (np.where(known, values, 0.0), known))
+    low = np.maximum(0, np.arange(len(values)) - half)
+    high = np.minimum(len(values), np.arange(len(values)) + half + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total[high] - total[low]) / (count[high] - count[low])
+
+
+def frozen_steps(at: np.ndarray, ratios: np.ndarray) -> int | None:
+    """Steps after the hit until updates are back at 90 % of the twin's; 0 if never frozen, None if not back.
+
+    Read from the moving average over :func:`smoothing` rows; frozen means below ``FROZEN`` right after the hit.
+    """
+    known = (at >= 1) & np.isfinite(ratios)
+    if not known.any():
+        return 0
+    steps, level = at[known], moving_average(ratios[known], smoothing(int(known.sum())))
+    if level[0] >= FROZEN:
+        return 0
+    back = np.flatnonzero(level >= 1 - WITHIN)
+    return int(steps[back[0]]) - 1 if len(back) else None
+
+
+def pollution(
+    at: np.ndarray, series: Mapping[str, np.ndarray], optimizer: Mapping[str, Any], spike: float | None = None
+) -> dict[str, Any]:
     """What one hit did to slots, BatchNorm variance and weights.
 
     ``at``: steps from the hit; ``series``: every column of ``STATES`` and its ``…_twin`` that was recorded, NaN where
     missing. ``optimizer``: its settings. Keys: ``polluted`` (names joined by " + ", or "none"), and for slot and
     BatchNorm ``…_ratio`` at the hit, ``…_steps`` measured and ``…_predicted`` until within 10 % (None: not within the
-    horizon, or nothing known; see ``theory.slots``), ``update_ratio``.
+    horizon, or nothing known; see ``theory.slots``), ``update_ratio``, ``frozen_steps`` (:func:`frozen_steps`) and,
+    where the fault was a factor ``spike`` on one gradient, ``frozen_predicted``.
     """
     out: dict[str, Any] = {}
     names = []
@@ -59,12 +93,14 @@ def pollution(at: np.ndarray, series: Mapping[str, np.ndarray], optimizer: Mappi
                 out[f"{key}_steps"] = last_abnormal(at, ratios)
                 normal = float(twin[at == 0][0])
                 out[f"{key}_predicted"] = _predicted(key, found, normal, optimizer)
+            else:
+                out["frozen_steps"] = frozen_steps(at, ratios)
+                out["frozen_predicted"] = None if spike is None else update_steps(optimizer, abs(spike))
         out[f"{key}_ratio"] = found
         if found is not None and found >= POLLUTED:
             names.append(STATES[column])
-    return {"slot_steps": None, "slot_predicted": None, "bn_steps": None, "bn_predicted": None, **out} | {
-        "polluted": " + ".join(names) or "none"
-    }
+    missing = dict.fromkeys(f"{key}_{what}" for key in ("slot", "bn", "frozen") for what in ("steps", "predicted"))
+    return {**missing, **out, "polluted": " + ".join(names) or "none"}
 
 
 def _predicted(key: str, found: float | None, normal: float, optimizer: Mapping[str, Any]) -> float | None:

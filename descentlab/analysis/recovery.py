@@ -200,12 +200,16 @@ def analyse_recovery(results: ResultsLike, classes: int, thresholds: Thresholds 
     parts = steps.partition_by(KEY, as_dict=True)
     sides = [scores[row["run"]] for row in records], [scores[row["twin"]] for row in records]
     realised = _realised_values(results)
+    handed = {run["id"] for run in results.runs if run.get("settings", {}).get("protocol", "scratch") != "scratch"}
     for row, loss, accuracy in zip(records, excess_losses(*sides), excess_accuracies(*sides), strict=True):
         part = parts[tuple(row[key] for key in KEY)]
         series = series_of(part)
         row.update(hit_measures(part))
         row.update(_pre_hit_test(part["relative_step"].to_numpy(), series))
-        row.update(pollution(part["relative_step"].to_numpy(), series, whole["optimizers"][row["condition"]]))
+        own = whole["optimizers"][row["condition"]]
+        row.update(pollution(part["relative_step"].to_numpy(), series, own, row["spike"]))
+        if row["run"] in handed:  # its memory at the hit is another optimizer's
+            row.update(slot_predicted=None, frozen_predicted=None)
         row.update(_final(scores[row["run"]], scores[row["twin"]], loss, accuracy))
         row.update(_label(part, series, scores[row["run"]], scores[row["twin"]], thresholds, classes))
         row["magnitude"] = _magnitude(row["value"], realised.get(row["run"]))
@@ -227,7 +231,14 @@ def _planned(condition: str, fault: str, pair: tuple[int, int, str, str], line: 
         "site": str(line.get("site", "")),
         "layer": str(line.get("layer", "")),
         "value": _fault_value(line),
+        "spike": _spike(line),
     }
+
+
+def _spike(line: Mapping[str, Any]) -> float | None:
+    """Factor on the whole gradient of one step, where that is what the fault was."""
+    once = str(line.get("site", "")).startswith("gradient/") and line.get("duration", 1) == 1 and not line.get("index")
+    return _fault_value(line) if once and line.get("rule", {}).get("kind") == "mul" else None
 
 
 def _optimizer_settings(
@@ -297,23 +308,46 @@ def _final(fault: Score, twin: Score, loss: float, accuracy: float) -> dict[str,
     }
 
 
+def step_grid(recovery: Recovery, before: int) -> np.ndarray:
+    """Steps from the hit that figures draw: from ``before`` steps before it to the end, as far apart as rows are.
+
+    That is ``observe.every`` steps; cases hit between two rows are drawn up to so many steps too early.
+    """
+    rows = recovery.steps.filter(pl.col("train_loss_twin").is_not_null()).sort(*KEY, "step")
+    gaps = rows.select(pl.col("step").diff().over(KEY)).to_series().drop_nulls()
+    width = max(1, int(gaps.mode().min())) if len(gaps) else 1  # type: ignore[arg-type]
+    last = int(recovery.measures["steps_watched"].max())  # type: ignore[arg-type]
+    return np.arange(-width * (before // width), last + 1, width)
+
+
 def aligned(
     recovery: Recovery, condition: str, column: str, steps: np.ndarray, failed_value: float = math.nan
 ) -> np.ndarray:
     """Values of ``column``, shape [cases, len(steps)], at steps relative to the hit of each case; NaN = not recorded.
 
-    From the first non-finite or missing value after the hit of a failed run on, ``failed_value`` stands in, so that
-    a mean over cases is never one over survivors.
+    ``steps`` as :func:`step_grid` gives them, equally far apart: a row stands for the grid step at or before it.
+    From the first step after the hit of a failed run on whose value or training loss is non-finite or missing,
+    ``failed_value`` stands in, so that a mean over cases is never one over survivors.
     """
     chosen = recovery.measures.filter(pl.col("condition") == condition)
     parts = recovery.steps.filter(pl.col("condition") == condition).partition_by("fault", "replicate", as_dict=True)
     flag = "twin_failed" if column.endswith("_twin") else "failed"
+    width = int(steps[1] - steps[0]) if len(steps) > 1 else 1
     out = np.full((len(chosen), len(steps)), math.nan)
     for index, row in enumerate(chosen.iter_rows(named=True)):
-        part = parts[row["fault"], row["replicate"]].filter(pl.col("relative_step").is_in(steps.tolist()))
-        at = np.searchsorted(steps, part["relative_step"].to_numpy())
-        out[index, at] = part[column].cast(pl.Float64).fill_null(math.nan).to_numpy()
+        part = parts[row["fault"], row["replicate"]].filter(pl.col(column).is_not_null())
+        at = (part["relative_step"].to_numpy() - int(steps[0])) // width
+        inside = (at >= 0) & (at < len(steps))
+        out[index] = _column_at(column, part, at, inside, steps)
         if row[flag]:
-            bad = np.flatnonzero(~np.isfinite(out[index]) & (steps >= 0))
+            loss = _column_at("train_loss_twin" if column.endswith("_twin") else "train_loss", part, at, inside, steps)
+            bad = np.flatnonzero(~(np.isfinite(out[index]) & np.isfinite(loss)) & (steps >= 0))
             out[index, bad[0] if len(bad) else len(steps) :] = failed_value
+    return out
+
+
+def _column_at(column: str, part: pl.DataFrame, at: np.ndarray, inside: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """A column on the grid ``steps``: row i of ``part`` at place ``at[i]`` where it is ``inside``, NaN elsewhere."""
+    out = np.full(len(steps), math.nan)
+    out[at[inside]] = part[column].cast(pl.Float64).fill_null(math.nan).to_numpy()[inside]
     return out

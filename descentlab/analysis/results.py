@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import polars as pl
 
+CORRUPT = "corrupt_"  # first letters of the columns of observable corruption; the name core/corrupt.py has too
 MEASURES = frozenset(
     {
         *(
@@ -58,7 +59,7 @@ def last_attempts(frame: pl.DataFrame) -> pl.DataFrame:
 
 def setting_columns(frame: pl.DataFrame) -> list[str]:
     """Settings that vary across cells, ``optimizer`` apart; constant within a cell, unlike an observable."""
-    names = [name for name in frame.columns if name not in MEASURES | IDENTITY]
+    names = [name for name in frame.columns if name not in MEASURES | IDENTITY and not name.startswith(CORRUPT)]
     if not names:
         return []
     spread = frame.group_by("cell").agg(pl.col(name).n_unique() for name in names).select(pl.col(names).max())
@@ -72,13 +73,36 @@ def cell_settings(frame: pl.DataFrame) -> dict[int, dict[str, Any]]:
     return {int(row.pop("cell")): row for row in rows.to_dicts()}
 
 
+def value_text(value: Any) -> str:
+    """A setting as it would be typed, at its shortest: true, 1e12, 0.01."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return min(repr(value), f"{value:.17g}", *(t for t in _short_forms(value) if float(t) == value), key=len)
+    return str(value)
+
+
+def _short_forms(value: float) -> list[str]:
+    shown = f"{value:g}"
+    mantissa, e, exponent = shown.partition("e")
+    return [shown, f"{mantissa}e{int(exponent)}"] if e else [shown, shown]
+
+
 def condition_labels(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    """A short unique name per cell: its optimizer, plus whatever tells cells of one optimizer apart."""
+    """A short unique name per cell: its optimizer, plus whatever tells cells of one optimizer apart.
+
+    A setting goes by the last part of its key where that says which one it is: ``batch_norm=false``.
+    """
+    keys = {key for settings in cells.values() for key in settings}
+    lasts = [key.rsplit(".", 1)[-1] for key in keys]
+    short = {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
     labels: dict[int, str] = {}
     for cell, settings in cells.items():
         rivals = [other for other in cells.values() if other["optimizer"] == settings["optimizer"]]
         differing = [key for key in settings if _tells_apart(key, settings, rivals)]
-        labels[cell] = ",".join([str(settings["optimizer"]), *(f"{key}={settings[key]}" for key in differing)])
+        labels[cell] = ",".join(
+            [str(settings["optimizer"]), *(f"{short[key]}={value_text(settings[key])}" for key in differing)]
+        )
     return labels
 
 

@@ -24,6 +24,9 @@ MODELS = {  # the published program's networks, spelled out
     "resnet18": "{name: resnet18, stem: 7x7, bias: true, dropout: 0.15}",
     "resnet18_nobn": "{name: resnet18, stem: 7x7, batch_norm: false, dropout: 0.15}",
     "resnet18_sgd": "{name: resnet18, stem: 7x7, bias: true}",
+    "effnet": "efficientnet_b0",
+    "densenet": "densenet121",
+    "nfnet": "nf_resnet26",
 }
 STAGES = {"fwrd_inject": "forward", "bkwd_inject": "grad_input"}  # the published draw hits input gradients only
 NUMBERS = {"int": "a whole number", "float": "a number"}
@@ -78,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     before.add_argument("--baseline", metavar="NAME", help="optimizer that trains up to the fault")
     before.add_argument("--test-optimizers", nargs="+", metavar="NAME", help="optimizers that continue")
     more = made.add_argument_group("further flags")
-    more.add_argument("--model", metavar="NAME", help="any of list models, or resnet18_nobn, resnet18_sgd")
+    more.add_argument("--model", metavar="NAME", help=f"any of list models, or a published name: {', '.join(MODELS)}")
     more.add_argument("--dataset", metavar="NAME", help="any of list datasets; the published one is cifar10")
     more.add_argument("--batch-size", type=int, metavar="N", help="the published one is 1024")
     more.add_argument("--fault", metavar="NAME", help="any of list faults (N16_RD)")
@@ -152,7 +155,7 @@ def _protocol(given: Any) -> list[str]:
         if given.test_optimizers:
             raise UserError("--test-optimizers", given.test_optimizers, "a --baseline that trains up to the fault")
         return []
-    return ["protocol=baseline", f"baseline={given.baseline}"]
+    return ["protocol=baseline", f"baseline={given.baseline}", f"baseline.lr={given.learning_rate!r}"]
 
 
 def _notes(given: Any) -> list[str]:
@@ -164,6 +167,10 @@ def _notes(given: Any) -> list[str]:
             "--model resnet18 --dataset cifar10 --batch-size 1024"
         )
     notes.append("every optimizer gets the same network, batches and fault, and a twin without it")
+    if given.baseline is not None:
+        notes.append(
+            "the baseline's optimizer state is handed over; the published program dropped it: --set carry_state=false"
+        )
     return notes
 
 

@@ -23,8 +23,10 @@ def fetch(names: list[str]) -> None:
             raise UserError("NAME", name, f"one of {known}", hint=nearest(name, datasets.options))
     for name in names:
         find = getattr(datasets.options[name], "paths", None)
+        origin = getattr(datasets.options[name], "origin", None)
         paths = find() if find is not None else []
+        verified = origin is None or all(file.checksum for file in origin().files)
         for path in paths:
-            typer.echo(f"{name}: {path}")
+            typer.echo(f"{name}: {path}" + ("" if verified else " (not verified: no checksum is published)"))
         if not paths:
             typer.echo(f"{name}: nothing to download")

@@ -65,7 +65,7 @@ Settings = Annotated[
     ),
 ]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="a directory that run has made")]
-Launcher = Literal["local", "pool"]
+Launcher = Literal["local", "pool", "slurm"]
 KINDS = "workloads, datasets, models, optimizers, schedules, faults, compressors, timelines, observables or studies"
 
 
@@ -109,7 +109,8 @@ def run(
     from ..config.resolve import LIMIT, resolve
     from . import show
 
-    resolved = resolve(study, settings or [], limit=None if yes else LIMIT)
+    own, profile = _profile(settings or [], launcher)
+    resolved = resolve(study, own, limit=None if yes else LIMIT)
     show.settings(resolved)
     show.notes(resolved)
     if dry_run:
@@ -122,7 +123,19 @@ def run(
     from ..launch import api
 
     target = out or Path("out") / default_name(study, resolved.study.name)
-    raise typer.Exit(api.run(resolved, target, yes=yes, launcher=launcher, overwrite=overwrite))
+    raise typer.Exit(api.run(resolved, target, yes=yes, launcher=launcher, overwrite=overwrite, **profile))
+
+
+def _profile(settings: list[str], launcher: str) -> tuple[list[str], dict[str, Any]]:
+    """(the study's settings, what the ``launcher.`` ones ask for as keywords of the launcher)."""
+    asked = [s for s in settings if s.startswith("launcher.")]
+    if asked and launcher != "slurm":
+        raise UserError(asked[0].partition("=")[0], asked[0].partition("=")[2], "--launcher slurm beside it")
+    if launcher != "slurm":
+        return settings, {}
+    from ..launch.profile import read_profile
+
+    return [s for s in settings if s not in asked], {"profile": read_profile(asked)}
 
 
 def default_name(study: str, name: str) -> str:
@@ -136,14 +149,18 @@ def show(
     study: Study,
     settings: Settings = None,
     runs: Annotated[bool, typer.Option("--runs", help="One line per run, its id first, and nothing else.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="The layers a fault can hit, for fault.layer=.")] = False,
 ) -> None:
-    """Print a study's settings or runs."""
+    """Print a study's settings, runs or layers."""
     from ..config.resolve import resolve
     from . import show as printer
 
     resolved = resolve(study, settings or [])
     if runs:
         printer.runs(resolved)
+        return
+    if layers:
+        printer.layers(resolved)
         return
     typer.echo(f"{resolved.study.name}: {resolved.study.question}")
     printer.settings(resolved)
@@ -170,13 +187,25 @@ def fetch(
     fetcher.fetch(names)
 
 
+@app.command("import-spec")
+def import_spec(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a configuration or job file of the starter, in YAML")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write here instead of standard output.")] = None,
+) -> None:
+    """Print the study that a file of the starter stands for."""
+    from .import_spec import write
+
+    write(file, out)
+
+
 @app.command()
 def status(directory: Directory) -> None:
     """Print how far the runs of a directory are."""
     from .. import store
+    from ..launch.queue import with_queue
     from . import show as printer
 
-    printer.status(store.status(directory))
+    printer.status(with_queue(store.status(directory), store.RunDirectory.open(directory)))
 
 
 @app.command()
@@ -194,11 +223,63 @@ def table(
         Literal["csv", "parquet"] | None, typer.Option("--format", help="csv, or what FILE ends in.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write here instead of standard output.")] = None,
+    where: Annotated[str | None, typer.Option(metavar="SQL", help="Rows to keep: step < 10 AND role = 'twin'")] = None,
+    columns: Annotated[str, typer.Option(metavar="A,B", help="Columns to keep.", show_default="all")] = "",
 ) -> None:
     """Print or write a directory's table."""
     from .tables import write
 
-    write(directory, format_, out)
+    write(directory, format_, out, where, columns)
+
+
+Metric = Annotated[str, typer.Option(help="A column of the table; its last value counts.")]
+Better = Annotated[Literal["min", "max"] | None, typer.Option(help="Which is better.", show_default="by its name")]
+
+
+@app.command()
+def best(
+    directory: Directory,
+    metric: Metric = "test_loss",
+    by: Annotated[list[str] | None, typer.Option(help="A key for whose values to compare; may be repeated.")] = None,
+    direction: Better = None,
+) -> None:
+    """The best settings of a grid, with intervals over replicates."""
+    from ..report.grids import best as found
+
+    typer.echo(found(directory, metric, by or [], direction))
+
+
+@app.command()
+def sensitivity(
+    directory: Directory,
+    rows: Annotated[str, typer.Option(metavar="KEY", help="A setting that varies.")],
+    columns: Annotated[str, typer.Option(metavar="KEY", help="Another.")],
+    metric: Metric = "test_loss",
+    direction: Better = None,
+) -> None:
+    """How a metric depends on two settings, everything else at its best."""
+    from ..report.grids import sensitivities
+
+    typer.echo(sensitivities(directory, metric, rows, columns, direction))
+
+
+@app.command()
+def plot(
+    directory: Directory,
+    y: Annotated[str, typer.Option(help="A column of the table.")] = "test_loss",
+    x: Annotated[str, typer.Option(help="A column of the table.")] = "step",
+    rows: Annotated[str | None, typer.Option(metavar="KEY", help="A panel below for each value.")] = None,
+    columns: Annotated[str | None, typer.Option(metavar="KEY", help="A panel beside for each value.")] = None,
+    hue: Annotated[str | None, typer.Option(metavar="KEY", help="A line for each value.")] = None,
+    log: Annotated[bool, typer.Option("--log", help="Logarithmic y.")] = False,
+    suboptimality: Annotated[bool, typer.Option("--suboptimality", help="Distance from the best of all runs.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="png, pdf or svg.")] = Path("plot.png"),
+) -> None:
+    """Draw a grid of panels from a directory's table, with bands over replicates."""
+    from ..report.curves import Layout
+    from ..report.grids import plot as draw
+
+    typer.echo(draw(directory, Layout(y, x, rows, columns, hue, log), out, suboptimality))
 
 
 @app.command()
@@ -225,11 +306,19 @@ def compat(
 
 
 @app.command()
-def rerun(directory: Directory) -> None:
-    """Run again what a directory lacks."""
+def rerun(
+    directory: Directory,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="launcher.key=value", help="as for run")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="Where blocks of runs are executed.")] = "pool",
+) -> None:
+    """Run what failed, was interrupted or never began, and is neither running nor in a queue."""
     from ..launch import api
 
-    raise typer.Exit(api.rerun(directory))
+    own, profile = _profile(settings or [], launcher)
+    if own:
+        raise UserError("rerun", own[0], "launcher.key=value; other settings are those of the directory")
+    elsewhere: dict[str, Any] = {} if launcher == "pool" else {"launcher": launcher, **profile}
+    raise typer.Exit(api.rerun(directory, **elsewhere))
 
 
 def main() -> None:

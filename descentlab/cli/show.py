@@ -64,10 +64,22 @@ def runs(resolved: Resolved) -> None:
         typer.echo(" ".join([head, *(f"{key}={inline(value)}" for key, value in run.labels.items()), *differing]))
 
 
+def layers(resolved: Resolved) -> None:
+    """Layers that the fault of a cell can hit, with commas between them, one line per different list."""
+    from ..launch.prepare import layers_of
+
+    for line in dict.fromkeys(",".join(layers_of(cell)) for cell in resolved.cells):
+        typer.echo(line)
+
+
 def status(state: Status) -> None:
     """Counts first, then one line for each block that is not done and each run that failed or diverged."""
     counts = ", ".join(f"{count} {name}" for name, count in state.counts().items()) or "no runs"
-    typer.echo(f"{state.study}: {counts}")
+    share, left = state.progress(), state.left_s()
+    parts = [f"{100 * share:.0f} %"] if share is not None and set(state.counts()) - {"done"} else []
+    if left is not None:
+        parts.append(f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left")
+    typer.echo(", ".join([f"{state.study}: {counts}", *parts]))
     for block in state.blocks:
         if block.state != "done":
             steps = f"{block.steps}/{block.total} steps" if block.total else f"{block.steps} steps"

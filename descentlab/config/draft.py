@@ -208,6 +208,10 @@ class Draft:
         if stop.key == "name":
             block = ".".join(op.path[:-1])
             return UserError(op.key, op.shown, "no .name", hint=f"to choose an option write {block}={op.values[0]}")
+        dotted = next((part for part in op.path if "." in part), None)
+        if dotted:  # a file's key written as on the command line
+            outer, _, inner = dotted.partition(".")
+            return UserError(op.key, op.shown, f"a block in a file, {outer}: {{{inner}: {op.shown}}}")
         if several:
             expected = f"a setting of every option in the grid; {stop.called} has {settings_text(stop.owner)}"
         elif hint and stop.owner is self.spec:

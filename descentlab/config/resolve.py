@@ -101,6 +101,13 @@ def resolve(study: str | Path, overrides: Sequence[str] = (), *, limit: int | No
     return _resolve(reference, definition, layer, parse_overrides(overrides), limit)
 
 
+def resolve_settings(settings: Mapping[str, Any], *, limit: int | None = LIMIT) -> Resolved:
+    """As :func:`resolve`, for what a study's file would hold."""
+    layer = dict(settings)
+    reference = str(layer.pop("study"))
+    return _resolve(reference, _studies().find(reference), layer, [], limit)
+
+
 def _studies() -> Any:
     # By name, as for third parties' studies: studies are written on top of these settings, not the other way round.
     return importlib.import_module("descentlab.studies.registry")
@@ -118,6 +125,15 @@ def _open(study: str | Path) -> tuple[str, dict[str, Any]]:
     return layer.pop("study"), layer
 
 
+def _rising(cell: StudySpec) -> str:
+    """A note where the rate of a schedule that is meant to fall rises."""
+    schedule, lr = getattr(cell, "schedule", None), getattr(getattr(cell, "optimizer", None), "lr", None)
+    end = getattr(schedule, "end", None)
+    if not isinstance(end, float) or not isinstance(lr, float) or end <= lr:
+        return ""
+    return f"schedule.end = {end:g} is above optimizer.lr = {lr:g}: the learning rate rises"
+
+
 def _resolve(
     reference: str, definition: StudyDef, layer: dict[str, Any], given: Sequence[Override], limit: int | None
 ) -> Resolved:
@@ -128,6 +144,7 @@ def _resolve(
         raise too_many(count, limit, f"it has {len(points)} sub-grids")
     notes = list(dict.fromkeys(note for draft in drafts for note in draft.notes))
     cells = _cells(drafts, points, size, definition)
+    notes += dict.fromkeys(note for cell in cells if (note := _rising(cell)))
     first: dict[str, StudySpec] = {}
     for cell in cells:
         first.setdefault(cell_key(cell), cell)
@@ -201,8 +218,10 @@ def _lay(
             if key in meta:
                 draft.notes += _kept(meta[key], one.ops(index), own.ops(index))
         drafts.append(draft)
-    if errors:  # what is left may hold more of them: say all at once
-        raise_all([*errors, *(e for draft in drafts for e in _cell_errors(draft, size, definition, limit))])
+    if errors:  # what is left may hold more of them, of other keys: say all at once
+        said = {error.key for error in errors}
+        more = [e for draft in drafts for e in _cell_errors(draft, size, definition, limit) if e.key not in said]
+        raise_all([*errors, *more])
     return drafts, preset, size
 
 
@@ -337,6 +356,10 @@ def _option_defaults(definition: StudyDef, cells: Sequence[StudySpec]) -> dict[s
             spec_field = definition.spec.model_fields[key]
             registry = schema.registry_of(spec_field)
             if registry and ":" not in str(value.name):
-                block = registry.parse(draft.option((key,), registry, value.name))
+                given = draft.option((key,), registry, value.name)
+                try:
+                    block = registry.parse(given)
+                except ValidationError:  # an option that needs a setting (replay) still has defaults for the others
+                    block = registry.lookup(value.name).model_construct(**given)
                 out.update({f"{key}.{k}": v for k, v in schema.flatten(block).items()})
     return out

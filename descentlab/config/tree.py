@@ -49,6 +49,8 @@ class StudySpec(Spec):
             raise UserError(
                 "batch_size", self.batch_size, "no batch_size beside sampler = full, which takes all samples"
             )
+        if getattr(self.schedule, "steps", 0) is None and not hasattr(self, "length"):
+            raise UserError("schedule.steps", None, "a number; only the training study fills in its own length")
         rooms = [room for room in ("fault", "arm") if getattr(getattr(self, room, None), "name", "none") != "none"]
         if self.observe.reduce != "none" and rooms:
             expected = f"none beside {rooms[0]} = {getattr(self, rooms[0]).name}: its effect is measured run by run"
@@ -72,8 +74,8 @@ class StudyDef:
 
     ``presets[p]`` and ``sizes[s]`` are nested settings (they may hold a ``grid``: key path -> list of values).
     ``options["optimizer"]["adam"]`` are the defaults that ``optimizer=adam`` means *in this study*; a preset may
-    carry its own ``options`` under the same key. ``module`` names the module with ``runs`` (cells -> list of Run),
-    ``blocks`` and ``report``; it is imported only when something runs.
+    carry its own ``options`` under the same key. ``module`` names the module with ``engine``, ``horizon`` and
+    ``stages``; it is imported only when something runs.
     """
 
     name: str

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,17 +40,57 @@ Stock = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # input, weight, bias
 def replaced(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """A copy of ``x`` with ``value`` at the flat elements ``index`` (torch's logical order); same strides."""
     out = x.clone()
-    out[torch.unravel_index(index, x.shape)] = value.to(x.dtype)
+    rest, places = index, []
+    for size in reversed(x.shape):  # torch.unravel_index imports sympy, a second per process
+        places.append(rest % size)
+        rest = rest // size
+    out[tuple(reversed(places))] = value.to(x.dtype)
     return out
 
 
 def gradient(op: Stock, operands: Sequence[Tensor | None], of: int, upstream: Tensor) -> Tensor:
-    """The gradient of ``op`` for its operand number ``of``, by the kernels autograd uses for the stock operation."""
+    """The gradient of ``op`` for its operand number ``of``, by the kernels autograd uses for the stock operation.
+
+    Linear maps and convolutions (alone or as a ``partial`` with options) call those kernels themselves; anything else
+    is differentiated, which imports sympy, a second per process.
+    """
     held: list[Any] = [None if t is None else t.detach() for t in operands]
+    stock, options = (op.func, op.keywords) if isinstance(op, partial) else (op, {})
+    if stock is F.linear and held[0].dim() > 1:
+        return _linear_gradient(held[0], held[1], of, upstream)
+    dims = _CONVOLUTIONS.get(stock)
+    if dims is not None and held[0].dim() == dims + 2 and not isinstance(options.get("padding"), str):
+        return _convolution_gradient(held, of, upstream, dims, options)
     held[of].requires_grad_()
     with torch.enable_grad():
         out = op(*held)
     return torch.autograd.grad(out, held[of], upstream)[0]
+
+
+_CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}  # -> spatial dimensions
+
+
+def _linear_gradient(a: Tensor, b: Tensor, of: int, upstream: Tensor) -> Tensor:
+    dy = upstream.reshape(-1, upstream.shape[-1])
+    if of == 0:
+        return dy.mm(b).view_as(a)
+    return dy.t().mm(a.reshape(-1, a.shape[-1])) if of == 1 else dy.sum(0)
+
+
+def _convolution_gradient(
+    operands: Sequence[Any], of: int, upstream: Tensor, dims: int, options: Mapping[str, Any]
+) -> Tensor:
+    def each(name: str, default: int) -> list[int]:
+        value = options.get(name, default)
+        values = [value] if isinstance(value, int) else list(value)
+        return values * dims if len(values) == 1 else values
+
+    a, b, bias = operands
+    geometry = each("stride", 1), each("padding", 0), each("dilation", 1), False, [0] * dims
+    asked = [of == i for i in range(3)]
+    sizes = None if bias is None else list(bias.shape)
+    found = torch.ops.aten.convolution_backward(upstream, a, b, sizes, *geometry, options.get("groups", 1), asked)
+    return found[of]
 
 
 def _edited(

@@ -86,7 +86,7 @@ class OpRecord:
         if self.kind == "linear":
             return F.linear
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.b) - 3]
-        return lambda a, b, bias: conv(a, b, bias, **self.options)
+        return partial(conv, **self.options)
 
 
 @dataclass

@@ -84,6 +84,15 @@ class Apply(Protocol):
     def assign(self, variants: Sequence[int]) -> None: ...
 
 
+class Takeover(Protocol):
+    """What a ``member``'s slots become when it follows the settings ``after`` instead of ``before``; in place.
+
+    ``how``: ``carried``, ``dropped`` or ``tracked``.
+    """
+
+    def __call__(self, state: State, member: int, before: int, after: int, how: str) -> None: ...
+
+
 SERVER_TARGETS = ("weights", "gradient", "slot", "lr")  # what an event can change where the update is made
 WORKER_TARGETS = ("worker_gradient", "buffer", "loss", "labels", "inputs", "batch")  # … on one worker
 

@@ -35,7 +35,8 @@ def clone(tree: Mapping[str, Any]) -> Tree:
 
 def take(tree: Mapping[str, Any], members: Sequence[int]) -> Tree:
     """Copies of the given members, ``[len(members), …]``."""
-    return tree_map(lambda t: t[list(members)].clone(), tree)
+    index = torch.tensor(members, dtype=torch.int64)
+    return tree_map(lambda t: t[index], tree)  # indexing with a tensor copies
 
 
 def put(tree: Mapping[str, Any], members: Sequence[int], part: Mapping[str, Any]) -> None:

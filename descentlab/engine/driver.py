@@ -47,6 +47,7 @@ class Progress:
     member_steps: int
     recorder: Recorder
     state: State
+    slots: tuple[Slot, ...] = ()  # the members of ``state``, also those that end here
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Engine(ABC):
         self.hits, self.events = Hits(self.parts, self.recorder), Events(self.parts, self.recorder)
         self.measuring = Measuring(self.parts, self.recorder)
         self.guard = Guard(self.parts.arm) if self.parts.arm is not None else None
-        self.slots = self.plan.slots(max(self.step - 1, 0))  # as they were when the state was saved
+        self.slots = self._planned(max(self.step - 1, 0))  # as they were when the state was saved
         if self.state is None:
             self.state = self.initial_state()
 
@@ -80,6 +81,8 @@ class Engine(ABC):
             worker["buffers"] = tree_map(lambda b: b.unsqueeze(1).repeat(1, workers, *[1] * (b.dim() - 1)), buffers)
         if self.parts.arm is not None:
             shared = {**shared, "arm": self.parts.arm.start(members)}
+        if self.parts.average is not None:
+            self.parts.average.start(state)
         return State(state.server, worker, shared, state.clock)
 
     @property
@@ -116,17 +119,40 @@ class Engine(ABC):
 
     def run(self) -> Iterator[Progress]:
         """One item per update, until every run has stopped."""
-        while self.step < self.plan.stop:
+        while self.step < self.plan.stop and self.slots:
             self._fork()
-            yield self.update()
+            if self.slots:
+                yield self.update()
+
+    def _planned(self, step: int) -> tuple[Slot, ...]:
+        """The members at ``step``, without the runs that have ended before their time."""
+        slots = self.plan.slots(step)
+        return slots if self.parts.stopping is None else self.parts.stopping.left(slots)
+
+    def _leave(self) -> None:
+        """Members whose runs have ended go."""
+        if self.parts.stopping is None:
+            return
+        slots = self.parts.stopping.left(self.slots)
+        if slots != self.slots:
+            chosen = parents(self.slots, slots)
+            self.slots = slots
+            if slots:
+                self.state = self.state.take(chosen)
+                self.on_fork(chosen)
 
     def _fork(self) -> None:
         if self.step not in self.plan.changes:
             return
-        slots = self.plan.slots(self.step)
+        slots = self._planned(self.step)
         if slots != self.slots:
-            chosen = parents(self.slots, slots)
+            chosen, old = parents(self.slots, slots), self.slots
             self.slots, self.state = slots, self.state.take(chosen)
+            for m, slot in enumerate(slots):
+                own = slot.runs[0].prefix
+                if old[chosen[m]].prefix is not None and slot.prefix is None:
+                    assert self.parts.takeover is not None and own is not None
+                    self.parts.takeover(self.state, m, own.variant, slot.variant, own.how)
             self.on_fork(chosen)
 
     def beside(self, slots: tuple[Slot, ...], state: State, step: int, recorder: Recorder) -> Engine:
@@ -156,6 +182,8 @@ class Engine(ABC):
         self.parts.optimizer.apply(state, grads, lr)
         self.events.after_apply(state, self.step)
         self._put_buffers(now, [g.buffers for g in contributions])
+        if self.parts.average is not None:
+            self.parts.average.update(state)
         self.after_update()
         loss = torch.stack([g.loss for g in contributions]).mean(0)
         accuracy = torch.stack([g.accuracy for g in contributions]).mean(0)
@@ -170,7 +198,9 @@ class Engine(ABC):
         self.step += 1
         if guard is not None:
             guard.rewind(self)
-        return Progress(self.step, len(self.slots), self.recorder, state)
+        members = self.slots
+        self._leave()
+        return Progress(self.step, len(members), self.recorder, state, members)
 
     def _rates(self) -> Tensor:
         asked = list(zip(self._base_rates, self.state.clock["step"].tolist(), strict=True))

@@ -24,7 +24,11 @@ from .recorder import Recorder
 
 @dataclass
 class _Group:
-    """Events that do the same, of several members: parallel lists. ``perturbed``: false for the twin of a run."""
+    """Events that do the same, of several members: parallel lists. ``perturbed``: false for the twin of a run.
+
+    A member of several runs that meet the same event is in them once for each: its slice is read first and written
+    then, so it is struck once.
+    """
 
     members: list[int] = field(default_factory=list)
     runs: list[RunPlan] = field(default_factory=list)

@@ -58,8 +58,10 @@ class Measuring:
 
     def record(self, step: int, m: Measured, due: Sequence[int], alarms: Scheduled) -> None:
         """One row per run; scheduled observables only for the members ``due``, ``alarms`` for those that have one."""
-        found = self._per_step(step, m)
-        self.recorder.rows(self.slots, found, {**(self._scheduled(m, due) if due else {}), **alarms})
+        found, scheduled = self._per_step(step, m), self._scheduled(m, due) if due else {}
+        self.recorder.rows(self.slots, found, {**scheduled, **alarms})
+        if self.parts.stopping is not None:
+            self.parts.stopping.look(self.slots, due, found, scheduled, m.state, self.recorder)
 
     def record_alarms(self, step: int, m: Measured, alarms: Scheduled) -> None:
         """Rows for the members in alarm alone, on a step that is not recorded otherwise."""

@@ -10,9 +10,30 @@ import numpy as np
 from torch import Tensor
 
 from ..core.opmode import OpRecord
-from ..core.protocols import Apply, Arm, Compressor, Effects, Observable, Perturbation, RankPolicy, StalenessRule, Work
+from ..core.protocols import (
+    Apply,
+    Arm,
+    Compressor,
+    Effects,
+    Observable,
+    Perturbation,
+    RankPolicy,
+    StalenessRule,
+    Takeover,
+    Work,
+)
+from ..core.state import State
 from ..core.streams import Streams
 from ..core.tree import Tree
+from .stopping import Stopping
+
+
+class Average(Protocol):
+    """Averaged weights beside the last ones, in ``state.server["average"]``."""
+
+    def start(self, state: State) -> None: ...
+
+    def update(self, state: State) -> None: ...
 
 
 class Sampler(Protocol):
@@ -51,4 +72,7 @@ class Parts:
     evaluate_every: int = 10
     hit_artifacts: bool = False
     effects: Effects | None = None  # what planned events do; None where a block has none
+    takeover: Takeover | None = None  # where members go over to another optimizer
+    average: Average | None = None
+    stopping: Stopping | None = None  # which runs end before their time; None: none does
     slot_kinds: Mapping[str, str] = field(default_factory=dict)  # an optimizer's own name of a slot -> its kind

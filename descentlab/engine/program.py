@@ -32,6 +32,16 @@ def choose_route(*, device: str, operations: Sequence[OpRecord]) -> Route:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """The updates of a run before ``until`` are made by another optimizer; ``how`` its slots are handed over then."""
+
+    until: int
+    variant: int
+    lr: float
+    how: Literal["carried", "dropped", "tracked"]
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """One run as the engine sees it.
 
@@ -49,6 +59,11 @@ class RunPlan:
     anchor: int = 0
     variant: int = 0  # which of the block's optimizer settings and schedules it has
     group: int = 0  # which of the block's cells it belongs to, perturbed runs and others apart
+    prefix: Prefix | None = None
+
+    def leads(self, step: int) -> bool:
+        """Whether the update ``step`` is one of its prefix."""
+        return self.prefix is not None and step < self.prefix.until
 
     def forks_at(self) -> int | None:
         """The first step at which this run differs from its twin."""
@@ -57,9 +72,13 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Slot:
-    """One member of the ensemble: the runs it carries (several only while they are the same trajectory)."""
+    """One member of the ensemble: the runs it carries (several only while they are the same trajectory).
+
+    ``prefix``: the one they are all in, None where they follow their own settings.
+    """
 
     runs: tuple[RunPlan, ...]
+    prefix: Prefix | None = None
 
     @property
     def replicate(self) -> int:
@@ -67,11 +86,11 @@ class Slot:
 
     @property
     def lr(self) -> float:
-        return self.runs[0].lr
+        return (self.prefix or self.runs[0]).lr
 
     @property
     def variant(self) -> int:
-        return self.runs[0].variant
+        return (self.prefix or self.runs[0]).variant
 
     @cached_property
     def schedule(self) -> tuple[tuple[int, int], ...]:
@@ -106,7 +125,8 @@ class BlockPlan:
     def changes(self) -> frozenset[int]:
         """The steps at which :meth:`slots` may differ from those one step before."""
         forks = {fork for run in self.runs if (fork := run.forks_at()) is not None}
-        return frozenset({0, *(run.stop for run in self.runs), *forks})
+        over = {run.prefix.until for run in self.runs if run.prefix is not None}
+        return frozenset({0, *(run.stop for run in self.runs), *forks, *over})
 
     @cached_property
     def planned_steps(self) -> frozenset[int]:
@@ -118,6 +138,8 @@ class BlockPlan:
         """The ensemble's members at ``step``: a pure function of the plan, so a resumed block rebuilds it.
 
         Runs of one replicate, learning rate and variant share a member until the first of them meets its perturbation.
+        In a prefix the variant and rate are the prefix's, and those that meet the same perturbation share one to its
+        end; after it every run has its own.
         """
         groups: dict[Any, list[RunPlan]] = {}
         for run in self.runs:
@@ -125,8 +147,25 @@ class BlockPlan:
                 continue
             fork = run.forks_at()
             apart = not self.share_prefix or (fork is not None and step >= fork)
-            groups.setdefault((run.replicate, run.lr, run.variant, run.id if apart else None), []).append(run)
-        return tuple(Slot(tuple(runs)) for runs in groups.values())
+            own = run.id if apart else None
+            if run.prefix is None:
+                groups.setdefault((run.replicate, run.lr, run.variant, own, None), []).append(run)
+            elif not run.leads(step):
+                groups.setdefault((run.replicate, run.lr, run.variant, run.id, None), []).append(run)
+            else:
+                own = self._first_alike[run.id] if apart and self.share_prefix else own
+                key = run.replicate, run.prefix.lr, run.prefix.variant, own, "prefix"
+                groups.setdefault(key, []).append(run)
+        return tuple(Slot(tuple(runs), runs[0].prefix if runs[0].leads(step) else None) for runs in groups.values())
+
+    @cached_property
+    def _first_alike(self) -> dict[str, str]:
+        """Run -> the first run that is planned the same perturbations, itself or another."""
+        first: dict[str, str] = {}
+        for run in self.runs:
+            alike = (r for r in self.runs if r.replicate == run.replicate and r.planned == run.planned and r.perturbed)
+            first[run.id] = next(alike, run).id
+        return first
 
     def work_units(self) -> int:
         """Member-steps of the whole block, the unit of progress and cost."""

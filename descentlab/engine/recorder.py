@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,11 @@ class _Expansion:
         runs = [run.id for slot in slots for run in slot.runs]
         member = np.repeat(np.arange(len(slots)), [len(slot.runs) for slot in slots])
         return cls(slots, pl.Series("run", runs, dtype=pl.String), member if len(runs) > len(slots) else None)
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows."""
+        return len(self.runs)
 
     def rows(self, values: np.ndarray) -> np.ndarray:
         """One value per row from one per member."""
@@ -88,13 +94,13 @@ class Recorder:
         if slots is not self._expansion.slots:
             self._expansion = _Expansion.of(slots)
         self._steps.append(_Step(self._expansion, measured, scheduled, self.now()))
-        self._rows += len(self._expansion.runs)
+        self._rows += self._expansion.count
 
     def absorb(self, other: Recorder, runs: Sequence[str]) -> None:
         """Take over the rows and hits of ``runs`` that ``other`` holds."""
         for step in other._steps:
             self._steps.append(step.of(runs))
-            self._rows += len(self._steps[-1].rows.runs)
+            self._rows += self._steps[-1].rows.count
         self._hits += [hit for hit in other._hits if hit["run"] in runs]
 
     def hit(self, slot: Slot, hit: Hit) -> None:
@@ -111,12 +117,21 @@ class Recorder:
 
     def scene(self, slot: Slot, arrays: dict[str, np.ndarray]) -> None:
         """Keep what is needed to replay the hit of this member elsewhere."""
-        self._scenes.update({run.id: arrays for run in slot.runs})
+        self._scenes.update({f"hit-{run.id}.npz": arrays for run in slot.runs})
+
+    def keep(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Store these arrays as a file of this name; of several the last ones."""
+        self._scenes[name] = arrays
 
     def scenes(self) -> dict[str, dict[str, np.ndarray]]:
-        """Run -> arrays of its hit, since the last call."""
+        """File name -> arrays to store in it, since the last call."""
         scenes, self._scenes = self._scenes, {}
         return scenes
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the last recorded step is one of an evaluation."""
+        return bool(self._steps and self._steps[-1].scheduled)
 
     def flush(self) -> tuple[dict[str, pl.Series], list[dict[str, Any]]]:
         """Columns and hits since the last flush; the buffers are empty afterwards. Missing values are null."""
@@ -127,7 +142,7 @@ class Recorder:
         names = dict.fromkeys(name for step in steps for name in (*step.measured, *step.scheduled))
         columns = {"run": pl.concat([step.rows.runs for step in steps])}
         columns |= {name: _joined(name, steps) for name in names}
-        walls = np.repeat([step.wall_s for step in steps], [len(step.rows.runs) for step in steps])
+        walls = np.repeat([step.wall_s for step in steps], [step.rows.count for step in steps])
         columns["wall_s"] = pl.Series("wall_s", walls)
         self._note_diverged(columns)
         return columns, hits
@@ -161,16 +176,17 @@ def _mended(columns: Mapping[str, pl.Series], rows: int) -> np.ndarray:
 def _joined(name: str, steps: Sequence[_Step]) -> pl.Series:
     """One column over all rows of all steps."""
     found = [step.column(name) for step in steps]
-    dtype = np.result_type(*{part[0].dtype for part in found if part is not None})
-    values, held = [], []
-    for part, step in zip(found, steps, strict=True):
-        rows = len(step.rows.runs)
-        values.append(np.zeros(rows, dtype) if part is None else part[0])
-        held.append(np.full(rows, part is not None) if part is None or part[1] is None else part[1])
-    column = pl.Series(name, np.concatenate(values))
     if all(part is not None and part[1] is None for part in found):
-        return column
-    return column.zip_with(pl.Series(np.concatenate(held)), pl.Series([None], dtype=column.dtype))
+        return pl.Series(name, np.concatenate([part[0] for part in found if part is not None]))
+    rows = sum(step.rows.count for step in steps)
+    values = np.zeros(rows, np.result_type(*{part[0].dtype for part in found if part is not None}))
+    held, last = np.zeros(rows, bool), 0
+    for part, step in zip(found, steps, strict=True):
+        first, last = last, last + step.rows.count
+        if part is not None:
+            values[first:last], held[first:last] = part[0], True if part[1] is None else part[1]
+    column = pl.Series(name, values)
+    return column.zip_with(pl.Series(held), pl.Series([None], dtype=column.dtype))
 
 
 def _hit_line(run: RunPlan, hit: Hit) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,20 @@ from typing import Any
 from ..config.resolve import Resolved, resolve
 from ..config.yaml12 import dump
 from ..core.errors import StudyError, UserError
-from ..store import BlockWriter, RunDirectory
+from ..store import RunDirectory
 from ..store import load as load_results
-from ..store.atomic import DISK_FULL
+from ..store.directory import LOCK_WAIT_S
 from ..store.provenance import record
 from ..workloads.datasets.specs import Downloaded
-from .isolate import attempt, isolate
+from . import tuning
+from .execute import execute, pending, worker
 from .pool import Outcome, Pool
 from .prepare import prepare, resolved_rows
-from .progress import Progress
+from .profile import Profile, check_slurm
+from .queue import queued
 
+LAUNCHERS = ("pool", "local", "slurm")
+REPORT_WAIT_S = 3600.0  # for another command that is writing its report
 RUNS_WITHOUT_ASKING = 10_000
 
 
@@ -37,39 +41,68 @@ def run(
     launcher: str = "pool",
     overwrite: bool = False,
     with_report: bool = True,
+    profile: Profile | None = None,
+    missing_only: bool = False,
 ) -> int:
     """Run what of the study is not done yet, then write table and report; 0, 1 if a block failed, 130 if interrupted.
 
-    ``launcher``: ``pool`` (worker processes on this machine) or ``local`` (in this process).
+    ``launcher``: ``pool`` (worker processes on this machine), ``local`` (in this process) or ``slurm`` (submit jobs
+    that ask for what ``profile`` says, and return). Another command on the same directory shares the work; with
+    ``missing_only`` what others run or hold in a queue is left to them and not waited for.
     """
-    if launcher not in ("pool", "local"):
-        raise UserError("--launcher", launcher, "pool or local")
+    if launcher not in LAUNCHERS:
+        raise UserError("--launcher", launcher, ", ".join(LAUNCHERS[:-1]) + f" or {LAUNCHERS[-1]}")
+    if launcher == "slurm" and tuning.asked(resolved):
+        raise UserError("tune", "grid", "none beside --launcher slurm: the comparison waits for the choice")
+    if launcher == "slurm":
+        check_slurm(profile or Profile())
     if len(resolved.runs) > RUNS_WITHOUT_ASKING and not yes:
         raise UserError("runs", len(resolved.runs), f"at most {RUNS_WITHOUT_ASKING} without -y")
     _check_device(resolved)
     RunDirectory.check(out, resolved.study.name, overwrite=overwrite)
+    choice = None
+    if tuning.asked(resolved):
+        search = partial(run, yes=True, launcher=launcher, overwrite=overwrite, with_report=False)
+        code, resolved, choice = tuning.tuned(resolved, out, search, anew=overwrite)
+        if choice is None:
+            return code
     document = dump(resolved.document)
     with _stop_on_signals() as stop:
         size = _processes(resolved) if launcher == "pool" else 0
         with Pool(size) if size else nullcontext() as pool:
+            known = _planned(out)
             prepared = pool.prepare(document, out, overwrite) if pool else prepare(resolved, out, overwrite)
-            directory = RunDirectory.create(out, resolved.study.name, document, overwrite=overwrite)
-            with directory.lock():
-                _write_plan(resolved, directory, prepared)
-                for notice in prepared["notices"]:
-                    print(f"note: {notice}", file=sys.stderr)
-                outcomes = _execute(resolved, directory, prepared["plan"], pool, stop)
-                code = _conclude(directory, outcomes, interrupted=stop.is_set())
+            with RunDirectory.join(out, resolved.study.name, document, overwrite=overwrite) as directory:
+                _write_plan(resolved, directory, prepared, None if overwrite else known)
+                if choice is not None:
+                    directory.replace_json(tuning.FILE, choice)
+                if launcher == "slurm":
+                    return _submit(resolved, directory, profile or Profile())
+                outcomes = _execute(resolved, directory, pool, stop, missing_only)
+                code = conclude(directory, outcomes, interrupted=stop.is_set())
                 if with_report and code != 130 and _any_finished(directory):
-                    print(f"report: {report(directory.path)}")
+                    with directory.lock(REPORT_WAIT_S):
+                        print(f"report: {report(directory.path)}")
         return code
 
 
-def _write_plan(resolved: Resolved, directory: RunDirectory, prepared: dict[str, Any]) -> None:
-    directory.replace_json("plan.json", prepared["plan"])
-    directory.replace_jsonl("campaign.jsonl", prepared["campaign"])
-    directory.replace_jsonl("resolved.jsonl", resolved_rows(resolved))
-    record(directory, sys.argv, prepared["device"])
+def _planned(out: Path) -> str | None:
+    """plan.json as it stands."""
+    path = out / "plan.json"
+    return path.read_text() if path.is_file() else None
+
+
+def _write_plan(resolved: Resolved, directory: RunDirectory, prepared: dict[str, Any], known: str | None) -> None:
+    """Write plan and runs; plan again if another command has changed the plan since ``known`` was read."""
+    with directory.lock(LOCK_WAIT_S):
+        if _planned(directory.path) != known:
+            prepared = prepare(resolved, directory.path, False)
+        directory.replace_json("plan.json", prepared["plan"])
+        directory.replace_jsonl("campaign.jsonl", prepared["campaign"])
+        directory.replace_jsonl("resolved.jsonl", resolved_rows(resolved))
+        record(directory, sys.argv, prepared["device"], prepared["data_order"])
+    for notice in prepared["notices"]:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def _any_finished(directory: RunDirectory) -> bool:
@@ -112,37 +145,28 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _execute(
-    resolved: Resolved, directory: RunDirectory, plan: dict[str, Any], pool: Any, stop: threading.Event
+    resolved: Resolved, directory: RunDirectory, pool: Pool | None, stop: threading.Event, missing_only: bool
 ) -> list[Outcome]:
     wanted = {run.id for run in resolved.runs}
-    blocks = [b for b in plan["blocks"] if wanted & set(b["runs"])]
-    pending = [b for b in blocks if not BlockWriter(directory, b["key"], semantics=plan["semantics"]).is_done]
-    if not pending:
+    left = pending(directory, wanted)
+    if not left:
         print(f"nothing left to run: all {len(wanted)} runs are done", file=sys.stderr)
         return []
-    pending.sort(key=lambda b: -b["member_steps"])
-    done = len(wanted) - len({r for b in pending for r in b["runs"]} & wanted)
+    done = len(wanted) - len({r for b in left for r in b["runs"]} & wanted)
     if done:
         print(f"resuming: {done} of {len(wanted)} runs are done", file=sys.stderr)
-    keys = [b["key"] for b in pending]
-    threading.Thread(target=_warm_up, args=(resolved,), daemon=True).start()
-
-    def work(keys: list[str], tick: Callable[[int], None]) -> list[Outcome]:
-        if pool is not None:
-            return pool.run(directory.path, keys, tick=tick, stop=stop.is_set)
-        return _in_process(directory, keys, tick, stop)
-
-    with Progress(sum(b["member_steps"] for b in pending), resolved.study.name) as progress:
-        outcomes = work(keys, progress.tick)
-    if not any(o.message.startswith(DISK_FULL) for o in outcomes):
-        outcomes = isolate(directory, outcomes, lambda parts: work([p["key"] for p in parts], lambda steps: None))
-    for outcome in outcomes:
-        if outcome.state == "failed" and outcome.message.startswith(DISK_FULL):
-            raise StudyError(outcome.message)  # there is no room to write it down
-        if outcome.state == "failed":
-            BlockWriter(directory, outcome.key).fail(outcome.message)
-            directory.event("failed", outcome.message, block=outcome.key)
-    return outcomes
+    warm_up = threading.Thread(target=_warm_up, args=(resolved,), daemon=True)
+    warm_up.start()
+    try:
+        work = worker(directory, pool, stop.is_set)
+        if not missing_only:
+            return execute(directory, wanted, work, stop.is_set)
+        waiting = queued(directory)
+        if waiting:
+            print(f"{len(waiting)} blocks wait or run in Slurm jobs and are left to them", file=sys.stderr)
+        return execute(directory, wanted, work, stop.is_set, wait_s=0.0, skip=waiting)
+    finally:
+        warm_up.join()  # the report must not import matplotlib while another thread has it half imported
 
 
 def _warm_up(resolved: Resolved) -> None:
@@ -153,28 +177,20 @@ def _warm_up(resolved: Resolved) -> None:
             importlib.import_module(name)
 
 
-def _in_process(
-    directory: RunDirectory, keys: Sequence[str], tick: Callable[[int], None], stop: threading.Event
-) -> list[Outcome]:
-    import torch
+def _submit(resolved: Resolved, directory: RunDirectory, profile: Profile) -> int:
+    from .slurm import submit
 
-    from .block import run_block
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    outcomes = []
-    try:
-        for key in keys:
-            if stop.is_set():
-                break
-            work = partial(run_block, directory.path, key, tick=tick, stop=stop.is_set)
-            outcomes.append(attempt(directory, key, work))
-    finally:
-        torch.set_num_threads(threads)
-    return outcomes
+    blocks = pending(directory, {run.id for run in resolved.runs})
+    if not blocks:
+        print(f"nothing left to run: all {len(resolved.runs)} runs are done", file=sys.stderr)
+        return 0
+    for line in submit(directory, blocks, profile):
+        print(line)
+    return 0
 
 
-def _conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupted: bool) -> int:
+def conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupted: bool) -> int:
+    """Say what failed or is left, write runs.jsonl; the exit code of :func:`run`."""
     from ..store import leftovers, status
 
     failed = [o for o in outcomes if o.state == "failed"]
@@ -183,7 +199,8 @@ def _conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupt
             f"failed: block {outcome.key}: {outcome.message} (log: {directory.log_path(outcome.key)})", file=sys.stderr
         )
     rows = [s.to_row() for s in status(directory.path).runs]
-    directory.replace_jsonl("runs.jsonl", rows)
+    with directory.lock(REPORT_WAIT_S):
+        directory.replace_jsonl("runs.jsonl", rows)
     if interrupted:
         directory.event("interrupted", "stopped by a signal")
         left = sum(row["status"] not in ("done", "diverged") for row in rows)
@@ -211,10 +228,14 @@ def report(path: Path) -> Path:
     return Path(path) / "report" / "index.html"
 
 
-def rerun(path: Path) -> int:
-    """Run again what failed or was interrupted, with the settings of the directory."""
+def rerun(path: Path, *, launcher: str = "pool", profile: Profile | None = None) -> int:
+    """Run again what failed, was interrupted or never began, with the settings of the directory.
+
+    What another command runs or a queue holds is neither run nor waited for.
+    """
     directory = RunDirectory.open(path)
-    return run(resolve(directory.path / "study.yaml", limit=None), Path(path), yes=True)
+    resolved = resolve(directory.path / "study.yaml", limit=None)
+    return run(resolved, Path(path), yes=True, launcher=launcher, profile=profile, missing_only=True)
 
 
 def estimate(resolved: Resolved) -> list[str]:
@@ -222,6 +243,10 @@ def estimate(resolved: Resolved) -> list[str]:
     from .plan import make_plan
 
     _check_device(resolved)
+    if tuning.asked(resolved):
+        search = tuning.search(resolved)
+        own = f"before them {len(search.runs)} runs of {search.cells[0].steps} updates choose the learning rates"  # type: ignore[attr-defined]
+        return [*estimate(tuning.untuned(resolved)), own]
     if absent := _absent(resolved):
         return [
             f"{len(resolved.runs)} runs; not on this machine, and not downloaded by a dry run: {', '.join(absent)}",

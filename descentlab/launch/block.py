@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..config.tree import StudySpec
-from ..core.errors import StudyError
+from ..core.errors import StudyError, UserError
 from ..core.state import State
 from ..engine.driver import Engine
 from ..engine.lockstep import Lockstep
 from ..engine.recorder import Recorder
 from ..engine.reducing import ReducingRecorder
+from ..engine.stopping import Stopping
 from ..store import BlockWriter, RunDirectory
+from ..store.claim import Claim, take
 from ..store.moments import moments_file
-from .build import build_parts
+from .build import build_parts, with_takeover
 from .compiled import as_planned
 from .memory import naming_the_knob
 from .plan import SEMANTICS, Block, read_block
@@ -25,9 +30,23 @@ from .plan import SEMANTICS, Block, read_block
 ROWS_HELD = 2**16  # rows kept in memory until they are written; about 8 MB
 
 
+def _plan_of(directory: RunDirectory) -> dict[str, Any]:
+    """plan.json, read again when it was replaced: a process that runs many blocks asks for each."""
+    path = directory.path / "plan.json"
+    if not path.exists():
+        return directory.read_json("plan.json")
+    found = path.stat()
+    return _plan_as_of(directory.path, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def _plan_as_of(path: Path, file: tuple[int, int, int]) -> dict[str, Any]:
+    return RunDirectory.open(path).read_json("plan.json")
+
+
 def open_block(directory: RunDirectory, key: str) -> tuple[Block, StudySpec]:
     """A planned block and the settings it runs under."""
-    plan = directory.read_json("plan.json")
+    plan = _plan_of(directory)
     found = [b for b in plan.get("blocks", []) if b["key"] == key]
     if not found:
         raise StudyError(f"{directory.path / 'plan.json'} has no block {key}")
@@ -36,10 +55,21 @@ def open_block(directory: RunDirectory, key: str) -> tuple[Block, StudySpec]:
     return block, getattr(importlib.import_module(module), name).model_validate(block.settings)
 
 
-def build_engine(block: Block, cell: Any, state: State | None, step: int, recorder: Recorder) -> Engine:
-    """The engine the block's study asked for, at the given state."""
+def build_engine(
+    block: Block,
+    cell: Any,
+    state: State | None,
+    step: int,
+    recorder: Recorder,
+    ended: Mapping[str, Any] = MappingProxyType({}),
+) -> Engine:
+    """The engine the block's study asked for, at the given state; ``ended``: as :class:`Stopping` saved it."""
     own = [type(cell).model_validate({**block.settings, **_with_lr(v, cell)}) for v in block.variants]
     parts = build_parts(cell, block.plan.route, own, block.update)
+    if leading := sorted({run.prefix.variant for run in block.plan.runs if run.prefix}):
+        with_takeover(parts, cell.protocol, own, leading)
+    if parts.stopping is not None:
+        parts.stopping.load(ended)
     if isinstance(recorder, ReducingRecorder):
         parts.observables = [*parts.observables, recorder]
     if block.engine == "lockstep":
@@ -75,42 +105,73 @@ def run_block(
     tick: Callable[[int], None] = lambda member_steps: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """``done`` or ``interrupted``. ``tick`` gets the member-steps of every update; ``stop`` is asked after each."""
+    """``done``, ``interrupted``, or ``elsewhere`` where another process has the block.
+
+    ``tick`` gets the member-steps of every update; ``stop`` is asked after each. What raises is noted in the block
+    before anybody else can take it up.
+    """
     directory = RunDirectory.open(path)
-    block, cell = open_block(directory, key)
-    ids = [run.id for run in block.plan.runs]
-    writer = BlockWriter(directory, key, semantics=SEMANTICS, runs=ids, steps=block.plan.stop)
-    if writer.is_done:
-        return "done"
-    plan = directory.read_json("plan.json")
-    what = f"a block of {len(block.plan.runs)} members with batch_size = {cell.batch_size}"
-    with naming_the_knob(what), as_planned(plan, cell.dtype):
-        return _train(writer, block, cell, tick, stop)
+    claim = take(directory.path, key)
+    if claim is None:
+        return "elsewhere"
+    with claim:
+        plan = _plan_of(directory)
+        if key not in {b["key"] for b in plan.get("blocks", [])}:  # cut into smaller ones since it was handed out
+            return "elsewhere"
+        block, cell = open_block(directory, key)
+        ids = [run.id for run in block.plan.runs]
+        writer = BlockWriter(directory, key, semantics=SEMANTICS, runs=ids, steps=block.plan.stop)
+        if writer.is_done:
+            return "done"
+        what = f"a block of {len(block.plan.runs)} members with batch_size = {cell.batch_size}"
+        try:
+            with naming_the_knob(what), as_planned(plan, cell.dtype):
+                return _train(writer, block, cell, claim, tick, stop)
+        except Exception as error:
+            with suppress(StudyError):  # the disk is full: then that is what is said
+                writer.fail(one_line(error))
+            raise
+
+
+def one_line(error: BaseException) -> str:
+    """What is said of a block that raised."""
+    if isinstance(error, StudyError | UserError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _train(
-    writer: BlockWriter, block: Block, cell: StudySpec, tick: Callable[[int], None], stop: Callable[[], bool]
+    writer: BlockWriter,
+    block: Block,
+    cell: StudySpec,
+    claim: Claim,
+    tick: Callable[[int], None],
+    stop: Callable[[], bool],
 ) -> str:
     """From the last checkpoint to the end, or until ``stop``."""
     saved = writer.resume()
-    recorder, state, step, ring = make_recorder(cell), None, 0, {}
+    recorder, state, step, ring, ended = make_recorder(cell), None, 0, {}, {}
     if saved is not None:
         held, step = saved
         state = State.from_state_dict(held["state"])
         recorder = make_recorder(cell, clock_s=held["wall_s"], diverged=dict(held["diverged"]))
-        ring = held["ring"]
-    engine = build_engine(block, cell, state, step, recorder)
+        ring, ended = held["ring"], held.get("ended", {})
+    engine = build_engine(block, cell, state, step, recorder, ended)
     if engine.guard is not None:
         engine.guard.load(ring, block.plan)
-    names = {run.id: cell.optimizer.name for run in block.plan.runs}
+    own = [variant["optimizer"]["name"] if variant else cell.optimizer.name for variant in block.variants]
+    names = {run.id: own[run.variant] for run in block.plan.runs}
     due = time.monotonic() + cell.checkpoint_s
     for progress in engine.run():
         tick(progress.member_steps)
         stopping = stop()
         if stopping or time.monotonic() >= due:
+            claim.check()
             _flush(writer, recorder, names)
             held = {"state": engine.state.state_dict(), "wall_s": recorder.now(), "diverged": dict(recorder.diverged)}
             held["ring"] = engine.guard.state_dict() if engine.guard is not None else {}
+            if engine.parts.stopping is not None:
+                held["ended"] = engine.parts.stopping.state_dict()
             writer.checkpoint(held, engine.step)
             due = time.monotonic() + cell.checkpoint_s
         elif len(recorder) >= ROWS_HELD:
@@ -118,14 +179,15 @@ def _train(
             writer.spill()
         if stopping:
             return "interrupted"
+    claim.check()
     _flush(writer, recorder, names)
-    writer.finish([_status(run.id, run.stop, recorder) for run in block.plan.runs])
+    writer.finish([_status(run.id, run.stop, recorder, engine.parts.stopping) for run in block.plan.runs])
     return "done"
 
 
 def _flush(writer: BlockWriter, recorder: Recorder, optimizers: dict[str, str]) -> None:
-    for run, arrays in recorder.scenes().items():  # before the checkpoint that covers the hit; a resumed block writes
-        writer.artifact(f"hit-{run}.npz", arrays)  # the same content again
+    for name, arrays in recorder.scenes().items():  # before the checkpoint that covers them; a resumed block writes
+        writer.artifact(name, arrays)  # the same content again
     if isinstance(recorder, ReducingRecorder) and (moments := recorder.take()):
         writer.artifact(moments_file(moments), moments)
     columns, hits = recorder.flush()
@@ -134,9 +196,12 @@ def _flush(writer: BlockWriter, recorder: Recorder, optimizers: dict[str, str]) 
     writer.hits([{**hit, "optimizer": optimizers[hit["run"]]} for hit in hits])
 
 
-def _status(run: str, steps: int, recorder: Recorder) -> dict[str, Any]:
+def _status(run: str, steps: int, recorder: Recorder, stopping: Stopping | None = None) -> dict[str, Any]:
     at = recorder.diverged.get(run)
+    message = "" if at is None else f"non-finite loss or weights from step {at} on"
+    if stopping is not None and run in stopping.ended:
+        last, _, message = stopping.ended[run]
+        steps = last + 1
     if at is None:
-        return {"run": run, "status": "done", "steps": steps, "message": ""}
-    message = f"non-finite loss or weights from step {at} on"
+        return {"run": run, "status": "done", "steps": steps, "message": message}
     return {"run": run, "status": "diverged", "steps": steps, "message": message, "diverged_step": at}

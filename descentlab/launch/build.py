@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +25,8 @@ from ..engine.work import MemberWork, VmapWork
 from ..observe.extra import load as load_observables
 from ..observe.specs import Observe
 from ..observe.training import STANDARD, TestSet
-from ..optim.stacked import SLOT_KINDS, StackedOptimizer
+from ..optim.handover import Handover, Tracking
+from ..optim.stacked import SLOT_KINDS, Rule, StackedOptimizer
 from ..optim.vectorised import VectorisedOptimizer
 from ..perturb.events import EventEffects, EventModel, Layout
 from ..workloads.base import Data, Workload
@@ -31,6 +34,7 @@ from ..workloads.loading import load_data
 from ..workloads.models.mlp import MLP
 from .arms import arm_of, with_switch
 from .conditions import conditions
+from .harness import counted, cut, equip, inferred_of, schedules_of, start_streams, update_of
 from .memory import bytes_per_member, free_bytes, is_out_of_memory
 from .packing import Update
 
@@ -63,16 +67,18 @@ class Site:
     layout: Layout
     bytes_per_member: int
     free_bytes: int | None
+    inferred: dict[str, Any]  # what the data and the model decide, as plan.json says it
 
 
 def workload(cell: StudySpec) -> Workload:
     """Dataset and model of a cell on its device."""
     dtype = getattr(torch, cell.dtype)
-    data = load_data(cell.dataset)
+    data = cut(cell, load_data(cell.dataset))
     n = len(data.x_train)
     if cell.sampler.name != "full" and cell.batch_size > n:
         raise UserError("batch_size", cell.batch_size, f"at most the {n} training samples of '{data.name}'")
-    return Workload.of(data, cell.model.build(), dtype=dtype, device=resolve_device(cell.device))
+    square = getattr(cell, "loss", "auto") == "square"
+    return Workload.of(data, cell.model.build(), dtype=dtype, device=resolve_device(cell.device), square=square)
 
 
 def survey(cell: StudySpec) -> Site:
@@ -100,7 +106,8 @@ def survey(cell: StudySpec) -> Site:
         workers=layout.workers,
         element_size=getattr(torch, cell.dtype).itemsize,
     )
-    return Site(operations, sampler.steps_per_epoch, streams, route, layout, size, free_bytes(work.device))
+    inferred = inferred_of(work.data, module)
+    return Site(operations, sampler.steps_per_epoch, streams, route, layout, size, free_bytes(work.device), inferred)
 
 
 def _layout(cell: StudySpec, module: nn.Module, data: Data, batch_size: int) -> Layout:
@@ -128,8 +135,16 @@ def _check_looks(observe: Observe, module: nn.Module) -> None:
         raise UserError("observe.weights", "covariance", expected)
 
 
+def data_order(cell: StudySpec, samples: int = 1000) -> str:
+    """SHA-256 of the indices of the first ``samples`` training samples that replicate 0's worker 0 reads."""
+    sampler, zero = _sampler(cell, cut(cell, load_data(cell.dataset)), Streams(cell.seed)), np.zeros(1, dtype=np.int64)
+    batches = -(-samples // sampler.batch_size)
+    read = np.concatenate([sampler.indices(zero, zero, zero + i)[0] for i in range(batches)])[:samples]
+    return hashlib.sha256(np.ascontiguousarray(read, dtype="<i8").tobytes()).hexdigest()
+
+
 def _sampler(cell: StudySpec, data: Data, streams: Streams) -> Sampler:
-    return cell.sampler.build()(len(data.x_train), cell.batch_size, streams)
+    return counted(cell, cell.sampler.build()(len(data.x_train), cell.batch_size, streams))
 
 
 def _module(work: Workload, streams: Streams) -> nn.Module:
@@ -143,16 +158,27 @@ def _vectorised(module: nn.Module, work: Workload, per_sample: int) -> Work:
     """The stated rule (docs/decisions/0004-plain-mlps.md): a plain MLP with a cross-entropy loss is written out,
     everything else is vectorised by ``vmap``."""
     chain = module.layers if type(module) is MLP else module if type(module) is nn.Sequential else None
-    layers = plain_layers(module, chain) if isinstance(chain, nn.Sequential) and work.data.classes else None
+    layers = plain_layers(module, chain) if isinstance(chain, nn.Sequential) and work.has_cross_entropy else None
     return BatchedMlp(layers) if layers else VmapWork(module, work, per_sample)
 
 
 def _optimizer(cells: Sequence[StudySpec], update: Update) -> Apply:
     """The update of members that have the optimizers of ``cells``; see :func:`.packing.choose_update`."""
-    rules = [cell.optimizer.build() for cell in cells]
-    if update == "vectorised":
-        return VectorisedOptimizer(rules)
-    return StackedOptimizer(rules[0], rules=rules, by_rate=update == "slices")
+
+    def make(rules: Sequence[Rule]) -> Apply:
+        if update == "vectorised":
+            return VectorisedOptimizer(rules)
+        return StackedOptimizer(rules[0], rules=rules, by_rate=update == "slices")
+
+    return update_of(cells[0], [cell.optimizer.build() for cell in cells], make)
+
+
+def with_takeover(parts: Parts, protocol: str, variants: Sequence[StudySpec], leading: Sequence[int]) -> None:
+    """Let members go over from the ``leading`` variants to their own, which with ``shadow`` track the gradients."""
+    parts.takeover = Handover([cell.optimizer.build() for cell in variants])
+    if protocol == "shadow":
+        assert isinstance(parts.optimizer, StackedOptimizer)
+        parts.optimizer = Tracking(parts.optimizer, leading)
 
 
 def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (), update: Update = "slices") -> Parts:
@@ -160,13 +186,14 @@ def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (
     have, ``cell`` alone where empty."""
     variants = variants or (cell,)
     streams, work = Streams(cell.seed), workload(cell)
+    starts = start_streams(cell, streams)
     module = _module(work, streams)
     per_sample = footprint(module, work.data.x_train).largest
     single = MemberWork(module, work, per_sample)
     many = single if route == "member" else _vectorised(_module(work, streams), work, per_sample)
 
     def fresh(replicate: int) -> tuple[Tree, Tree]:
-        made = work.module(streams, replicate)
+        made = work.module(starts, replicate)
         params = {k: p.detach() for k, p in made.named_parameters()}
         return params, dict(made.named_buffers())
 
@@ -176,7 +203,7 @@ def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (
     data = work.data
     sampler = _sampler(cell, data, streams)
     operations = trace(module, data.x_train[: sampler.batch_size])
-    return Parts(
+    parts = Parts(
         many=many,
         single=single,
         optimizer=with_switch(cell, _optimizer(variants, update)),
@@ -185,7 +212,7 @@ def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (
         perturbation=fault.build() if fault is not None else None,
         sampler=sampler,
         streams=streams,
-        schedules=[variant.schedule.build() for variant in variants],
+        schedules=schedules_of(cell, variants, sampler.steps_per_epoch),
         observables=[*(observable() for observable in STANDARD), *(o for o in extra if "eval" not in o.needs)],
         on_schedule=[TestSet(), *(o for o in extra if "eval" in o.needs)],
         train=(data.x_train, data.y_train),
@@ -204,6 +231,7 @@ def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (
         effects=EventEffects(streams, data.classes),
         slot_kinds=SLOT_KINDS,
     )
+    return equip(cell, parts, data)
 
 
 def plan_fault(cell: Any, case: int, replicate: int, site: Site) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,27 @@ def conditions(cell: Any) -> Conditions:
     return Conditions(made["compressor"] or Dense(), made["staleness_rule"], made["compressor.policy"])
 
 
+def check_classes(cell: Any) -> None:
+    """Whether a third party's classes can be imported, and optimizer, schedule and fault be made: said once, before
+    any block is trained."""
+    for path in type(cell).model_fields:
+        option = getattr(cell, path)
+        if isinstance(option, External):
+            _named(option.load, path)
+            if path in ("optimizer", "schedule", "fault"):
+                _made(cell, path)
+
+
+def _named(make: Callable[[], Any], path: str) -> Any:
+    """What ``make`` gives; where a class cannot be imported, the error has the key path of the setting."""
+    try:
+        return make()
+    except UserError as error:
+        if error.key != "name":
+            raise
+        raise UserError(path, error.value, error.expected, hint=error.hint) from None
+
+
 def _made(cell: Any, path: str) -> Any:
     option = cell
     for key in path.split("."):
@@ -46,11 +68,11 @@ def _made(cell: Any, path: str) -> Any:
         return None
     if not isinstance(option, External):
         return option.build()
-    wanted = " and ".join(METHODS[path])
+    methods = METHODS.get(path, ())
     try:
-        made = option.build()
+        made = _named(option.build, path)
     except TypeError as error:
         raise UserError(f"{path}.options", option.options, f"arguments of {option.name} ({error})") from None
-    if not all(callable(getattr(made, name, None)) for name in METHODS[path]):
-        raise UserError(path, option.name, f"a class with {wanted}")
+    if not all(callable(getattr(made, name, None)) for name in methods):
+        raise UserError(path, option.name, f"a class with {' and '.join(methods)}")
     return made

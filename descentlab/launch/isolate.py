@@ -8,11 +8,14 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from ..core.errors import StudyError, UserError
 from ..store import RunDirectory
+from ..store.claim import take
+from ..store.directory import LOCK_WAIT_S
 from .pool import DIED, KEPT, Outcome
 
 
@@ -54,13 +57,15 @@ def isolate(
         waiting = [o for o in waiting if o.key in cut]
         if not waiting or any(o.state == "interrupted" for o in final):
             return [*final, *waiting]
-        for outcome in waiting:
-            text = f"block {outcome.key} failed ({outcome.message}); trying its {len(cut[outcome.key])} parts alone"
-            print(text, file=sys.stderr)
-            directory.event("split", text, block=outcome.key)
-            shutil.rmtree(directory.block_folder(outcome.key), ignore_errors=True)
-        plan["blocks"] = [piece for block in plan["blocks"] for piece in cut.get(block["key"], [block])]
-        directory.replace_json("plan.json", plan)
+        with ExitStack() as stack:
+            final += [Outcome(o.key, "elsewhere") for o in waiting if not _claimed(directory, o.key, stack)]
+            waiting = [o for o in waiting if o.key not in {other.key for other in final}]
+            for outcome in waiting:
+                text = f"block {outcome.key} failed ({outcome.message}); trying its {len(cut[outcome.key])} parts alone"
+                print(text, file=sys.stderr)
+                directory.event("split", text, block=outcome.key)
+                shutil.rmtree(directory.block_folder(outcome.key), ignore_errors=True)
+            _replace_blocks(directory, {outcome.key: cut[outcome.key] for outcome in waiting})
         tried = {outcome.key: run(cut[outcome.key]) for outcome in waiting}
         waiting = []
         for parts in tried.values():
@@ -69,6 +74,21 @@ def isolate(
             waiting += [] if alike else bad
             final += parts if alike else [o for o in parts if o not in bad]
     return final
+
+
+def _claimed(directory: RunDirectory, key: str, stack: ExitStack) -> bool:
+    """Whether nobody else has taken the block up since it failed; held until the stack is left."""
+    claim = take(directory.path, key)
+    if claim is not None:
+        stack.enter_context(claim)
+    return claim is not None
+
+
+def _replace_blocks(directory: RunDirectory, cut: dict[str, list[dict[str, Any]]]) -> None:
+    with directory.lock(LOCK_WAIT_S):  # others may be cutting their blocks
+        plan = directory.read_json("plan.json")
+        plan["blocks"] = [piece for block in plan["blocks"] for piece in cut.get(block["key"], [block])]
+        directory.replace_json("plan.json", plan)
 
 
 def _by_one_run(outcome: Outcome) -> bool:

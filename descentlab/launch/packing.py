@@ -24,13 +24,24 @@ SPLIT_FROM = 64  # members from which an ensemble makes two blocks, so that two 
 
 
 def group_text(cell: StudySpec) -> str:
-    """Cells that differ in their fault only may share a prefix: canonical text of everything else."""
+    """Cells that differ in their fault only may share a prefix, and so may those whose optimizer takes over from the
+    same baseline after it: canonical text of everything else."""
+    return canonical(_without(cell, "fault", *(("optimizer", "carry_state") if led(cell) else ())))
+
+
+def settings_text(cell: StudySpec) -> str:
+    """Cells that do the same but for their fault: canonical text."""
     return canonical(_without(cell, "fault"))
+
+
+def led(cell: Any) -> bool:
+    """Whether the cell's optimizer takes over from another one after the fault."""
+    return getattr(cell, "protocol", "scratch") != "scratch"
 
 
 def ensemble_text(cell: StudySpec, route: Route) -> str:
     """What the cells of one ensemble have in common."""
-    if route != "vmap":  # members run one after the other: nothing is gained
+    if route != "vmap" or led(cell):  # members run one after the other, or many optimizers share a block already
         return group_text(cell)
     return canonical({**_without(cell, "fault", "schedule"), "optimizer": _form(cell.optimizer)})
 
@@ -60,9 +71,10 @@ def _blank(value: Any) -> Any:
     return value if isinstance(value, str | bool) or value is None else {"number": value != 0}
 
 
-def variant_of(cell: StudySpec) -> dict[str, Any]:
-    """The settings that members of one ensemble may have for themselves, the learning rate apart."""
-    optimizer = cell.optimizer.model_dump(mode="json")
+def variant_of(cell: StudySpec, key: str = "optimizer") -> dict[str, Any]:
+    """The settings that members of one ensemble may have for themselves, the learning rate apart; ``key``: where the
+    cell has the optimizer (its baseline's are those of a prefix)."""
+    optimizer = getattr(cell, key).model_dump(mode="json")
     return {
         "optimizer": {k: v for k, v in optimizer.items() if k != "lr"},
         "schedule": cell.schedule.model_dump(mode="json"),
@@ -71,8 +83,9 @@ def variant_of(cell: StudySpec) -> dict[str, Any]:
 
 def choose_update(runs: Sequence[RunPlan], optimizer: Option) -> Update:
     """The stated rule: at most 16 settings (rates included) are torch's parameter groups; more are the vectorised form
-    of a shipped rule, or rescaled displacements of a third party's, whose rates alone can differ."""
-    if len({(run.variant, run.lr) for run in runs}) <= SLICES:
+    of a shipped rule, or rescaled displacements of a third party's, whose rates alone can differ. Optimizers that take
+    over from another are always torch's parameter groups."""
+    if any(run.prefix for run in runs) or len({(run.variant, run.lr) for run in runs}) <= SLICES:
         return "slices"
     return "vectorised" if isinstance(optimizer, TorchOption) else "rescaled"
 
@@ -86,40 +99,55 @@ class Ensemble:
     share_prefix: bool
     most: int  # members of a block
     memory: dict[str, int] | None = None  # how an accelerator's memory decided that
+    inferred: dict[str, Any] = field(default_factory=dict)  # sizes that settings leave to the data
     cells: dict[str, StudySpec] = field(default_factory=dict)
-    stages: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # run id -> the stages of its group
+    stages: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # run id -> what is done to it
     faulted: StudySpec | None = None  # a cell with a fault, for what blocks build from it
     units: list[list[RunPlan]] = field(default_factory=list)  # the runs of one group and replicate
 
-    def add(self, plans: Sequence[RunPlan], cells: Mapping[str, StudySpec], stages: list[dict[str, Any]]) -> None:
+    def add(
+        self, plans: Sequence[RunPlan], cells: Mapping[str, StudySpec], stages: Mapping[str, list[dict[str, Any]]]
+    ) -> None:
         """One group: its runs still to be packed, the cell of each, and what is done to it."""
         by_replicate: dict[int, list[RunPlan]] = {}
         for plan in plans:
             by_replicate.setdefault(plan.replicate, []).append(plan)
         self.units += by_replicate.values()
         self.cells.update(cells)
-        self.stages.update(dict.fromkeys(cells, stages))
+        self.stages.update(stages)
 
     def blocks(self) -> list[list[RunPlan]]:
         """The runs of each block, members of equal settings side by side, with their variant and group in it."""
-        text = {run: canonical(variant_of(cell)) for run, cell in self.cells.items()}
+        cells = {id(cell): cell for cell in self.cells.values()}
+        texts = {i: canonical(variant_of(cell)) for i, cell in cells.items()}
+        text = {run: texts[id(cell)] for run, cell in self.cells.items()}
         rank = {t: i for i, t in enumerate(dict.fromkeys(text[u[0].id] for u in self.units))}
         units = sorted(self.units, key=lambda unit: (rank[text[unit[0].id]], unit[0].lr))
         return [self._numbered(block, text) for block in pack(units, self.most)]
 
     def _numbered(self, runs: Sequence[RunPlan], text: Mapping[str, str]) -> list[RunPlan]:
+        if any(run.prefix for run in runs):  # after the prefix, members of equal settings side by side
+            rank = {t: i for i, t in enumerate(dict.fromkeys(text[run.id] for run in runs))}
+            runs = sorted(runs, key=lambda run: (rank[text[run.id]], run.lr))
         variants = {t: i for i, t in enumerate(dict.fromkeys(text[run.id] for run in runs))}
-        names = [(canonical(self.cells[run.id].identity()), run.perturbed) for run in runs]
+        cells = {id(cell): cell for cell in (self.cells[run.id] for run in runs)}
+        identity = {i: canonical(cell.identity()) for i, cell in cells.items()}
+        names = [(identity[id(self.cells[run.id])], run.perturbed) for run in runs]
         groups = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        return [
+        numbered = [
             replace(run, variant=variants[text[run.id]], group=groups[name])
             for run, name in zip(runs, names, strict=True)
+        ]
+        return [
+            run if run.prefix is None else replace(run, prefix=replace(run.prefix, variant=len(variants)))
+            for run in numbered
         ]
 
     def variants(self, runs: Sequence[RunPlan]) -> list[dict[str, Any]]:
         """The settings behind the variant numbers of a block's runs."""
         first = {run.variant: run.id for run in reversed(runs)}
-        return [variant_of(self.cells[first[v]]) for v in sorted(first)]
+        own = [variant_of(self.cells[first[v]]) for v in sorted(first)]
+        return [*own, variant_of(self.cells[runs[0].id], "baseline")] if runs[0].prefix else own
 
     def settings(self, runs: Sequence[RunPlan]) -> dict[str, Any]:
         """What a block's parts are built from: a cell with a fault where there is one, the block's first optimizer."""

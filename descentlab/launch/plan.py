@@ -6,8 +6,8 @@ import hashlib
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
 
 from ..cluster.timeline import place
 from ..config.identity import canonical
@@ -17,13 +17,13 @@ from ..core.errors import StudyError, UserError
 from ..core.opmode import Site as OpSite
 from ..core.protocols import Planned
 from ..core.stage import Stage, stage_keys
-from ..engine.program import BlockPlan, RunPlan
+from ..engine.program import BlockPlan, Prefix, RunPlan
 from ..engine.support import ROOMS, refusal
 from .arms import check_arm
 from .build import Site, plan_fault, survey
-from .conditions import conditions
+from .conditions import check_classes, conditions
 from .memory import members_at_most
-from .packing import Ensemble, Update, choose_update, ensemble_text, group_text
+from .packing import Ensemble, Update, choose_update, ensemble_text, group_text, led, settings_text
 
 SEMANTICS = 1  # raised when the same plan would compute something else
 
@@ -82,6 +82,7 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
         cells = {run.cell: resolved.cells[run.cell] for run in runs}
         for cell in cells.values():
             _check_supported(program.engine(cell), cell)
+            check_classes(cell)
             conditions(cell)
         first = next(iter(cells.values()))
         model = _model_text(first)
@@ -96,16 +97,26 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
         if text not in ensembles:
             share = bool(getattr(first, "share_prefix", True))
             most, memory = members_at_most(site.route, first.members_per_block, site.bytes_per_member, site.free_bytes)
-            ensembles[text] = Ensemble(site.route, program.engine(first), share, most, memory)
+            ensembles[text] = Ensemble(site.route, program.engine(first), share, most, memory, site.inferred)
         ensemble = ensembles[text]
         ensemble.faulted = ensemble.faulted or next((c for c in cells.values() if _faulted(c)), None)
         plans = [_run_plan(program, cells[r.cell], r, planned) for r in runs if r.id not in held]
-        ensemble.add(plans, {r.id: cells[r.cell] for r in runs}, stage_entries(program.stages(first)))
+        ensemble.add(plans, {r.id: cells[r.cell] for r in runs}, _stages(program, cells, runs))
     for ensemble in ensembles.values():
         blocks += [_block_json(ensemble, members) for members in ensemble.blocks()]
     _check_route(known)
     spec = f"{resolved.study.spec.__module__}:{resolved.study.spec.__qualname__}"
     return {"semantics": SEMANTICS, "spec": spec, "threads_per_process": 1, "blocks": blocks}, _unique(campaign)
+
+
+def _stages(program: Program, cells: dict[int, Any], runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+    """What is done to each run: of cells that differ only in their fault, what is done to the first."""
+    made: dict[str, list[dict[str, Any]]] = {}
+    texts = {index: settings_text(cell) for index, cell in cells.items()}
+    for index, cell in cells.items():
+        if texts[index] not in made:
+            made[texts[index]] = stage_entries(program.stages(cell))
+    return {run.id: made[texts[run.cell]] for run in runs}
 
 
 def _faulted(cell: Any) -> bool:
@@ -155,13 +166,31 @@ def _plan_group(cells: dict[int, Any], runs: Sequence[Run], site: Site) -> dict[
 
 def _run_plan(program: Program, cell: Any, run: Run, planned: dict[tuple[int, int], Planned]) -> RunPlan:
     own = planned.get((run.cell, run.replicate))
-    shadows = [p for (c, replicate), p in planned.items() if replicate == run.replicate]
-    faults = (own,) if own is not None else tuple(p for i, p in enumerate(shadows) if p not in shadows[:i])
+    faults = (own,) if own is not None else _shadows(run.replicate, planned)
     stop, anchor = program.horizon(cell, faults)
     perturbed = run.role == "fault"
     if perturbed and own is not None:
         _check_in_time(cell, own, stop)
-    return RunPlan(run.id, run.replicate, stop, float(cell.optimizer.lr), faults, perturbed, anchor)
+    plan = RunPlan(run.id, run.replicate, stop, float(cell.optimizer.lr), faults, perturbed, anchor)
+    return replace(plan, prefix=_prefix(cell, faults[0])) if led(cell) else plan
+
+
+def _shadows(replicate: int, planned: dict[tuple[int, int], Planned]) -> tuple[Planned, ...]:
+    """What the other cells have planned for a replicate, each once: a cell without a fault is the control of all."""
+    found = [p for (_, r), p in planned.items() if r == replicate]
+    return tuple(p for i, p in enumerate(found) if p not in found[:i])
+
+
+def _prefix(cell: Any, fault: Planned) -> Prefix:
+    """The baseline makes the updates up to and through the fault; a fault that this cannot be said of is refused."""
+    if fault.duration != 1:
+        expected = "scratch: this fault acts on many steps, so there is no update after it to take over from"
+        raise UserError("protocol", cell.protocol, expected)
+    if cell.protocol == "shadow" and fault.site.direction == "slot":
+        expected = "baseline or scratch: the fault is in slots of the baseline, which the tracked optimizers never read"
+        raise UserError("protocol", cell.protocol, expected)
+    how: Literal["carried", "dropped", "tracked"] = "carried" if cell.carry_state else "dropped"
+    return Prefix(fault.step + 1, -1, float(cell.baseline.lr), "tracked" if cell.protocol == "shadow" else how)
 
 
 def _check_in_time(cell: Any, planned: Planned, stop: int) -> None:
@@ -197,12 +226,16 @@ def _block_json(ensemble: Ensemble, runs: list[RunPlan]) -> dict[str, Any]:
         "settings": ensemble.settings(runs),
         "variants": ensemble.variants(runs),
         "plans": [_run_json(m) for m in runs],
+        "inferred": ensemble.inferred,
         **({"memory": ensemble.memory} if ensemble.memory else {}),
     }
 
 
 def _trained(stages: list[dict[str, Any]]) -> str:
-    return next(s["key"] for s in reversed(stages) if s["kind"] == "train")
+    keys = [s["key"] for s in stages if s["kind"] == "train"]
+    if not keys:
+        raise StudyError("stages(cell) of the study holds no stage of kind 'train'; its key names the stored work")
+    return keys[-1]
 
 
 def _run_json(run: RunPlan) -> dict[str, Any]:
@@ -216,6 +249,7 @@ def _run_json(run: RunPlan) -> dict[str, Any]:
         "variant": run.variant,
         "group": run.group,
         "planned": [planned_json(p) for p in run.planned],
+        **({"prefix": asdict(run.prefix)} if run.prefix else {}),
     }
 
 
@@ -257,6 +291,7 @@ def read_block(block: dict[str, Any]) -> Block:
             r["anchor"],
             r.get("variant", 0),
             r.get("group", 0),
+            Prefix(**r["prefix"]) if "prefix" in r else None,
         )
         for r in block["plans"]
     )

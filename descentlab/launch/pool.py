@@ -74,7 +74,8 @@ class Pool:
             _close(worker)
 
     def _start(self) -> _Worker:
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
+        one_thread = dict.fromkeys(libraries, "1")
         paths = os.pathsep.join(p for p in sys.path if p)
         process = subprocess.Popen(
             [sys.executable, "-m", "descentlab.launch.worker"],

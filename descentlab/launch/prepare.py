@@ -10,9 +10,10 @@ from ..config.resolve import Resolved
 
 
 def prepare(resolved: Resolved, out: Path, overwrite: bool) -> dict[str, Any]:
-    """{"plan": plan.json, "campaign": campaign.jsonl, "device", "notices": lines for the user}: continues the plan in
-    ``out`` unless overwriting."""
-    from .build import resolve_device  # imports torch, which a command that starts worker processes does not need
+    """{"plan": plan.json, "campaign": campaign.jsonl, "device", "notices": lines for the user, "data_order": a
+    hash}: continues the plan in ``out`` unless overwriting."""
+    # imports torch, which a command that starts worker processes does not need
+    from .build import data_order, resolve_device
     from .compiled import KEY, decide
     from .memory import naming_the_knob
     from .plan import make_plan
@@ -25,13 +26,22 @@ def prepare(resolved: Resolved, out: Path, overwrite: bool) -> dict[str, Any]:
         plan, campaign = make_plan(resolved, known)
     plan[KEY], notices = decide(known, resolved.cells)
     device = str(resolve_device(resolved.cells[0].device))
-    return {"plan": plan, "campaign": campaign, "device": device, "notices": notices}
+    order = data_order(resolved.cells[0])
+    return {"plan": plan, "campaign": campaign, "device": device, "notices": notices, "data_order": order}
 
 
 def _stays(block: dict[str, Any], out: Path, most: int) -> bool:
     """Whether a block of an earlier plan is kept: not if nothing of it is stored and it is too large now."""
     folder = out / "blocks" / block["key"]
     return len(block["runs"]) <= most or any((folder / name).exists() for name in ("checkpoint.pt", "done.json"))
+
+
+def layers_of(cell: Any) -> list[str]:
+    """The layers that the cell's fault, or any forward hardware fault where it has none, can hit; first one first."""
+    from ..perturb.hardware import layers_with
+    from .build import survey
+
+    return layers_with(survey(cell).operations, getattr(getattr(cell, "fault", None), "direction", "forward"))
 
 
 def resolved_rows(resolved: Resolved) -> list[dict[str, Any]]:

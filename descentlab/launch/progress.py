@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..store import status
+
 LINE_EVERY_S = 5.0
+
+
+def remaining(path: Path, blocks: Sequence[Mapping[str, Any]]) -> int:
+    """Member-steps still to be made of these blocks of plan.json: what a checkpoint holds is not made again."""
+    made = {b.key: b.steps / b.total for b in status(path).blocks if b.total}
+    return round(sum(b["member_steps"] * (1 - min(1.0, made.get(str(b["key"]), 0.0))) for b in blocks))
 
 
 class Progress:

@@ -53,6 +53,10 @@ PER_STEP = {
 }
 # Observables that ``observe.extra`` knows by name: where they are, and what they give.
 EXTRA = {
+    "corruption": (
+        "descentlab.observe.corruption:Corruption",
+        "share of each weight and gradient that is not finite or beyond 1e6, columns corrupt_weights/NAME and so on",
+    ),
     "per_class_accuracy": (
         "descentlab.observe.training:PerClassAccuracy",
         "accuracy on the test samples of each class, columns test_accuracy_class_0 and so on",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from ..core.errors import UserError
 from ..core.specs import External, Option, Registry
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -151,6 +152,22 @@ class ExternalOptimizer(External):
         return external_rule(self.name, self.load(), {"lr": self.lr, **self.options})
 
 
+class NoBaseline(Option):
+    """No other optimizer trains first."""
+
+    name: Literal["none"] = "none"
+
+
+WHOLE = "optimizer steps it is spread over; null = the whole run, in the training study"
+
+
+def _known(steps: int | None) -> int:
+    """The length of a schedule, which must be known when it is built."""
+    if steps is None:
+        raise UserError("schedule.steps", None, "a number of steps; only the training study fills in its own length")
+    return steps
+
+
 class Schedule(Option):
     """A learning rate as a function of the optimizer steps made so far: t = 0 at the first update.
 
@@ -167,6 +184,10 @@ class Schedule(Option):
         from .schedules import warmed
 
         return warmed(self.rate(), self.warmup_steps)
+
+    def over(self, steps: int) -> Schedule:
+        """The same over a whole run of so many steps, where it leaves its length open."""
+        return self.model_copy(update={"steps": steps}) if getattr(self, "steps", 0) is None else self
 
 
 class Constant(Schedule):
@@ -185,12 +206,12 @@ class Linear(Schedule):
 
     name: Literal["linear"] = "linear"
     end: float = Field(0.0, ge=0)
-    steps: PositiveInt = 1000
+    steps: PositiveInt | None = Field(1000, description=WHOLE)
 
     def rate(self) -> Any:
         from .schedules import linear
 
-        return linear(self.end, self.steps)
+        return linear(self.end, _known(self.steps))
 
 
 class Poly(Schedule):
@@ -215,7 +236,7 @@ class Step(Schedule):
 
     name: Literal["step"] = "step"
     factor: PositiveFloat = 0.1
-    steps: PositiveInt = 1000
+    steps: PositiveInt | None = Field(1000, description=WHOLE)
     drops: PositiveInt | None = None
     parts: tuple[PositiveFloat, ...] | None = Field(None, min_length=2)
     every: PositiveInt | None = None
@@ -234,7 +255,7 @@ class Step(Schedule):
         if self.every is not None:
             return every(self.every, self.factor)
         parts = self.parts if self.parts is not None else (1,) * ((self.drops or 2) + 1)
-        return multistep(parts_milestones(parts, self.steps), self.factor)
+        return multistep(parts_milestones(parts, _known(self.steps)), self.factor)
 
 
 class MultiStep(Schedule):
@@ -267,12 +288,12 @@ class Cosine(Schedule):
 
     name: Literal["cosine"] = "cosine"
     end: float = Field(0.0, ge=0)
-    steps: PositiveInt = 1000
+    steps: PositiveInt | None = Field(1000, description=WHOLE)
 
     def rate(self) -> Any:
         from .schedules import cosine
 
-        return cosine(self.end, self.steps)
+        return cosine(self.end, _known(self.steps))
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
@@ -284,12 +305,17 @@ _SPELLINGS = (
 )
 
 
-class Schedules(Registry):
-    """The schedules; ``poly_0.5``, ``step_3_0.1`` and ``step_2,1,1_0.1`` are read as a name with settings."""
+class Spelled(Registry):
+    """Options that may be written as a name with numbers in it: ``poly_0.5`` for ``{name: poly, power: 0.5}``.
+
+    ``spellings``: patterns, and the settings their groups are (``parts`` is a list).
+    """
+
+    spellings: Sequence[tuple[re.Pattern[str], tuple[str, ...]]] = ()
 
     def spelled(self, name: str) -> dict[str, Any] | None:
         """The block that a name with numbers in it stands for; None for any other name."""
-        for pattern, keys in _SPELLINGS:
+        for pattern, keys in self.spellings:
             match = pattern.match(name)
             if match:
                 given = dict(zip(keys, match.groups(), strict=True))
@@ -310,9 +336,69 @@ class Schedules(Registry):
         return super().parse(value)
 
 
+class Schedules(Spelled):
+    """The schedules; ``poly_0.5``, ``step_3_0.1`` and ``step_2,1,1_0.1`` are read as a name with settings."""
+
+    spellings = _SPELLINGS
+
+
+ONLY = "test_loss and test_accuracy are those of the average, the last weights are not evaluated"
+
+
+class NoAverage(Option):
+    """No averaged weights."""
+
+    name: Literal["none"] = "none"
+
+    def build(self) -> Any:
+        return None
+
+
+class PolyAverage(Option):
+    """Polynomial decay (arXiv 1212.1824): the t-th weights count (eta + 1) / (eta + t); eta = 0 is the plain mean.
+
+    Also spelled ``poly_ETA``.
+    """
+
+    name: Literal["poly"] = "poly"
+    eta: NonNegativeFloat = 0.0
+    only: bool = Field(False, description=ONLY)
+
+    def build(self) -> Any:
+        from .averaging import Average, poly
+
+        return Average(poly(self.eta))
+
+
+class EmaAverage(Option):
+    """Exponential: decay times the old average plus 1 - decay times the new weights, from the initial weights on.
+
+    Also spelled ``ema_DECAY``.
+    """
+
+    name: Literal["ema"] = "ema"
+    decay: Fraction = 0.999
+    only: bool = Field(False, description=ONLY)
+
+    def build(self) -> Any:
+        from .averaging import Average, ema
+
+        return Average(ema(self.decay))
+
+
+class Averages(Spelled):
+    """The averages of weights; ``poly_8`` and ``ema_0.999`` are read as a name with its number."""
+
+    spellings = ((re.compile(rf"^poly_({_NUMBER})$"), ("eta",)), (re.compile(rf"^ema_({_NUMBER})$"), ("decay",)))
+
+
 OPTIMIZERS = Registry(
     "optimizer", Sgd, Adam, AmsGrad, AdamW, NAdam, RmsProp, AdaGrad, AdaDelta, external=ExternalOptimizer
 )
+BASELINES = Registry("baseline", NoBaseline, *OPTIMIZERS.options.values(), external=ExternalOptimizer)
 SCHEDULES = Schedules("schedule", Constant, Linear, Poly, Step, MultiStep, Exponential, Cosine)
 Optimizer = OPTIMIZERS.field()
+Baseline = BASELINES.field()
 LrSchedule = SCHEDULES.field()
+AVERAGES = Averages("averaging", NoAverage, PolyAverage, EmaAverage)
+Averaging = AVERAGES.field()

@@ -76,14 +76,19 @@ def external_rule(name: str, cls: Any, settings: Mapping[str, Any]) -> Rule:
     return rule
 
 
-def scalar_slots(rule: Rule) -> frozenset[str]:
-    """Slots that torch keeps as one scalar per tensor (NAdam's ``mu_product``); here they are one per member."""
+def slot_sizes(rule: Rule) -> dict[str, int]:
+    """The slots that a rule has after one step on a small tensor, and the dimensions of each; without the count."""
     p = torch.ones(2, 3, requires_grad=True)
     p.grad = torch.ones(2, 3)
     optimizer = rule.make([p], rule.lr)
     step(optimizer)
     slots = optimizer.state[p].items()
-    return frozenset(k for k, v in slots if k != "step" and v is not None and torch.as_tensor(v).dim() == 0)
+    return {k: torch.as_tensor(v).dim() for k, v in slots if k != "step" and v is not None}
+
+
+def scalar_slots(rule: Rule) -> frozenset[str]:
+    """Slots that torch keeps as one scalar per tensor (NAdam's ``mu_product``); here they are one per member."""
+    return frozenset(slot for slot, dim in slot_sizes(rule).items() if dim == 0)
 
 
 @dataclass
@@ -101,8 +106,9 @@ class StackedOptimizer:
     """The server half of a step (the :class:`~descentlab.core.protocols.Apply` protocol).
 
     ``separate`` forces member-by-member updates; None decides by the member check. ``rules``: those that members can
-    have, ``rule`` alone where empty; :meth:`assign` says which is whose. Different learning rates inside a slice are
-    met by rescaling the displacement, or with ``by_rate`` by slices of one rate each, which is exact.
+    have, ``rule`` alone where empty; :meth:`assign` says which is whose. Rules of several classes see their own slots
+    only. Different learning rates inside a slice are met by rescaling the displacement, or with ``by_rate`` by slices
+    of one rate each, which is exact.
     """
 
     rule: Rule
@@ -111,6 +117,7 @@ class StackedOptimizer:
     by_rate: bool = False
     _variants: list[int] | None = field(default=None, repr=False)
     _scalars: frozenset[str] = frozenset()
+    _own: list[frozenset[str]] = field(default_factory=list, repr=False)  # slots of each rule where they differ
     _linear: bool = True
     _bound: list[_Bound] = field(default_factory=list, repr=False)
     _owner: tuple[Tree, Tree, list[int], list[tuple[int, int]]] | None = field(default=None, repr=False)
@@ -123,7 +130,10 @@ class StackedOptimizer:
             self.separate = any(mixes_members(rule) for rule in self.rules)
             self._linear = self.separate or all(linear_in_lr(rule) for rule in self.rules)
         if not self.separate:
-            self._scalars = scalar_slots(self.rule)
+            self._scalars = frozenset().union(*(scalar_slots(rule) for rule in self.rules))
+        if len(self.rules) > 1:
+            own = [frozenset(slot_sizes(rule)) for rule in self.rules]
+            self._own = own if len(set(own)) > 1 else []
 
     def assign(self, variants: Sequence[int]) -> None:
         """Member m follows ``rules[variants[m]]`` from now on; those of one rule side by side make long slices."""
@@ -175,7 +185,7 @@ class StackedOptimizer:
             params, slots, old_variants, old = self._owner
             if params is state.params and slots is state.slots and old_variants == variants and old == groups:
                 return
-        self._bound = [self._bind_group(state, first, last, self.rules[variants[first]]) for first, last in groups]
+        self._bound = [self._bind_group(state, first, last, variants[first]) for first, last in groups]
         self._owner = (state.params, state.slots, variants, groups)
 
     def _groups(self, steps: list[int], variants: list[int], rates: list[float]) -> list[tuple[int, int]]:
@@ -187,16 +197,16 @@ class StackedOptimizer:
         cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
         return list(itertools.pairwise(cuts))
 
-    def _bind_group(self, state: State, first: int, last: int, rule: Rule) -> _Bound:
+    def _bind_group(self, state: State, first: int, last: int, variant: int) -> _Bound:
         bound = _Bound(first, last, None, {})  # type: ignore[arg-type]
         bound.views = {n: self._view(p, bound).detach().requires_grad_() for n, p in state.params.items()}
-        bound.optimizer = rule.make(list(bound.views.values()), 1.0)
+        bound.optimizer = self.rules[variant].make(list(bound.views.values()), 1.0)
         made = int(state.opt_step[first])
         if made:
             for name, view in bound.views.items():
                 entry: dict[str, Any] = {"step": torch.tensor(float(made))}
                 for slot, stored in state.slots.items():
-                    if name in stored:
+                    if name in stored and (not self._own or slot in self._own[variant]):
                         entry[slot] = self._slot(slot, stored[name], bound)
                 bound.optimizer.state[view] = entry
         return bound

@@ -27,6 +27,12 @@ from .values import BITS, finite_patterns, realised
 _GROUPS = {"backward": ("grad_input", "grad_weight"), "any": DIRECTIONS}
 
 
+def layers_with(ops: Sequence[OpRecord], direction: str) -> list[str]:
+    """Names of the layers that make an operation of this ``direction`` (or group of directions) in training."""
+    asked = _GROUPS.get(direction, (direction,))
+    return hittable_layers([r for r in ops if any(d in r.directions for d in asked)])
+
+
 class HardwareFaultModel:
     """One wrong operand or result in one operation (:class:`~descentlab.core.protocols.Perturbation`)."""
 

@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2, 2, 2, 2, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#6b6b6b"
+LETTER = 0.062  # inches, mean width of a letter at 8 points
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -78,8 +79,26 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panel_title(ax: Axes, index: int, text: str) -> None:
-    """``(a) text`` above the panel."""
-    ax.set_title(f"({chr(ord('a') + index)}) {text}")
+    """``(a) text`` above the panel, broken after commas where it is wider than the panel."""
+    place, figure = ax.get_subplotspec(), ax.get_figure()
+    across = place.get_gridspec().ncols if place is not None else 1
+    room = int(figure.get_figwidth() / across / LETTER) if figure is not None else 80  # type: ignore[union-attr]
+    ax.set_title(broken(f"({chr(ord('a') + index)}) {text}", room))
+
+
+def broken(name: str, room: int) -> str:
+    """``name`` with line breaks after commas, lines of at most ``room`` letters where commas allow it."""
+    lines = [""]
+    for part in name.replace(",", ",\0").split("\0"):
+        if lines[-1] and len(lines[-1]) + len(part) > room:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of a legend with these labels fit into ``width`` inches."""
+    return max(1, min(len(labels), int(width / (LETTER * (max(map(len, labels), default=1) + 7)))))
 
 
 def signed_scale(ax: Axes, values: Sequence[float] | np.ndarray, axis: str = "y") -> bool:
@@ -90,7 +109,7 @@ def signed_scale(ax: Axes, values: Sequence[float] | np.ndarray, axis: str = "y"
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
     if not len(sizes) or sizes.max() / np.quantile(sizes, 0.25) < 100:
         return False
-    low = math.floor(math.log10(max(float(np.quantile(sizes, 0.1)), sizes.max() * 1e-6)))
+    low = math.floor(math.log10(max(float(np.quantile(sizes, 0.1)), sizes.max() * 1e-4)))
     high = math.floor(math.log10(sizes.max()))
     getattr(ax, f"set_{axis}scale")("symlog", linthresh=10.0**low, linscale=0.6)
     decades = [10.0**k for k in range(high, low - 1, -math.ceil((high - low + 1) / 4))][::-1]
@@ -175,7 +194,9 @@ def _jitter(n: int) -> np.ndarray:
 
 def name_ticks(ax: Axes, names: Sequence[str]) -> None:
     """Condition names under a categorical axis, slanted where they would touch."""
-    slanted = sum(len(name) for name in names) > 32
+    if sum(len(name) for name in names) > 32:
+        names = [broken(name, max(8, 40 // len(names))) for name in names]
+    slanted = sum(max(map(len, name.split("\n"))) for name in names) > 40
     ax.set_xticks(range(len(names)), names, rotation=25 if slanted else 0, ha="right" if slanted else "center")
 
 
@@ -203,7 +224,7 @@ def heat(
                 colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
             ax.text(j, i, text, ha="center", va="center", fontsize=7, color=colour, linespacing=1.15)
     name_ticks(ax, columns)
-    ax.set_yticks(range(len(rows)), rows)
+    ax.set_yticks(range(len(rows)), [broken(row, 12) for row in rows])
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -221,10 +242,17 @@ class Dot:
 
 
 def interval_plot(dots: Sequence[Dot], xlabel: str, width: float = SINGLE, zero: bool = True) -> Figure:
-    """Dots with intervals, one line each, first on top; a legend where there are several groups."""
+    """Dots with intervals, one line each, first on top; a legend where there are several groups.
+
+    Labels that would leave less than half of ``width`` to the dots make the figure two columns wide.
+    """
+    if max((len(dot.label) for dot in dots), default=0) * LETTER > width / 2:
+        width = DOUBLE
     with styled():
         groups = list(dict.fromkeys(dot.group for dot in dots))
-        figure = new_figure(width, 0.75 + 0.21 * len(dots) + (0.25 if len(groups) > 1 else 0))
+        columns = legend_columns(groups, width)
+        high = 0.17 * -(-len(groups) // columns) + 0.08 if len(groups) > 1 else 0
+        figure = new_figure(width, 0.75 + 0.21 * len(dots) + high)
         ax = figure.add_subplot()
         draw_intervals(ax, dots, looks(groups))
         ax.set_yticks(range(len(dots)), [dot.label for dot in dots])
@@ -234,7 +262,7 @@ def interval_plot(dots: Sequence[Dot], xlabel: str, width: float = SINGLE, zero:
             signed_scale(ax, ends, "x")
         ax.set_xlabel(xlabel)
         if len(groups) > 1:
-            figure.legend(loc="outside upper center", ncols=min(4, len(groups)))
+            figure.legend(loc="outside upper center", ncols=columns)
     return figure
 
 

@@ -92,11 +92,11 @@ class Report:
     title: str
     question: str
     verdicts: Sequence[Verdict]
-    sections: Sequence[Section]
-    summary: Mapping[str, SummaryItem]
-    failures: TableBlock
-    provenance: Mapping[str, Any]
-    command: str
+    sections: Sequence[Section] = ()
+    summary: Mapping[str, SummaryItem] = field(default_factory=dict)
+    failures: TableBlock = TableBlock((Column("run"),), ())
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
     contrasts: TableBlock | None = None
     runs: int = 0  # how many runs the statistics cover
     notes: Sequence[str] = field(default_factory=tuple)  # what a reader must know first, such as unfinished runs

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import socket
 import zipfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -33,6 +31,7 @@ from .parts import (
     write_hits,
     write_metrics,
 )
+from .process import process_identity
 
 
 class BlockWriter:
@@ -83,7 +82,8 @@ class BlockWriter:
             (self.folder / FAILED).unlink(missing_ok=True)
         for part in cover.metrics + cover.hits if cover else ():
             read_part(self.folder, part)
-        owner = {**process_identity(), "runs": self._runs, "steps": self._steps}
+        begun = {"from": cover.step if cover else 0}  # with the file's age, the speed
+        owner = {**process_identity(), "runs": self._runs, "steps": self._steps, **begun}
         write_text(self.folder / OWNER, jsonl.dumps(owner) + "\n")
         self._frames, self._hits = [], []
         self._cover = cover or Cover(step=0, semantics=self.semantics)
@@ -186,20 +186,6 @@ def _copied(column: Any) -> Any:
     if isinstance(column, pl.Series):  # nobody can change it
         return column
     return np.array(column) if isinstance(column, np.ndarray) else list(column)
-
-
-def process_identity() -> dict[str, Any]:
-    """Host, process id and start of this process: enough to tell later whether it still runs."""
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}
-
-
-def process_start(pid: int) -> str | None:
-    """Kernel start time of ``pid`` (guards against a reused id); None where /proc does not exist."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
 
 
 def _check_state(value: Any, where: str) -> None:

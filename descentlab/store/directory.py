@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,9 @@ from .atomic import append_bytes, is_temporary, remove_temporaries, write_bytes,
 
 FORMAT = 1
 MARKER = "descentlab.json"
-LOCK = ".lock"
+LOCK = ".lock"  # held while the files of the whole directory are written
+SESSION = ".running"  # shared by every command that runs blocks here
+LOCK_WAIT_S = 120.0
 # What --overwrite deletes: everything a run directory is documented to hold, and nothing a user put beside it.
 LAYOUT = (
     "study.yaml",
@@ -30,6 +33,9 @@ LAYOUT = (
     "events.jsonl",
     "logs",
     "blocks",
+    "claims",
+    "slurm",
+    "code",
     "table.parquet",
     "report",
 )
@@ -54,18 +60,66 @@ class RunDirectory:
         _make_writable(path)
         cls.check(path, study_name, overwrite=overwrite)
         directory = cls(path, study_name)
-        with directory.lock():
-            if overwrite:
-                _empty(path)
-            write_text(path / MARKER, json.dumps({"format": FORMAT, "study": study_name}) + "\n")
-            write_text(path / "study.yaml", document_yaml)
+        with directory.lock(LOCK_WAIT_S):
+            directory._begin(document_yaml, overwrite)
+        return directory
+
+    @classmethod
+    @contextlib.contextmanager
+    def join(
+        cls, path: str | Path, study_name: str, document_yaml: str, overwrite: bool = False
+    ) -> Iterator[RunDirectory]:
+        """:meth:`create`, and count as running there until the end of the ``with``.
+
+        Several commands may run the same document at once; they share its blocks (see :mod:`.claim`). Another
+        document, or ``overwrite``, is refused with a :class:`UserError` as long as one of them runs.
+        """
+        path = Path(path)
+        _make_writable(path)
+        cls.check(path, study_name, overwrite=overwrite)
+        directory = cls(path, study_name)
+        with contextlib.ExitStack() as stack:
+            with directory.lock(LOCK_WAIT_S):
+                directory._begin(document_yaml, overwrite)
+                stack.enter_context(directory.running())
+            yield directory
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Count as a command that runs blocks here, which keeps others from changing what is run."""
+        return _locked(self.path / SESSION, shared=True)
+
+    def _begin(self, document: str, overwrite: bool) -> None:
+        """Marker, document and folders; under the lock."""
+        path = self.path
+        others = self.others()
+        if others and (overwrite or not _holds(path / "study.yaml", document)):
+            expected = f"a directory that no other command runs, or the settings it runs ({others})"
+            raise UserError("--out", str(path), expected)
+        if overwrite:
+            _empty(path)
+        write_text(path / MARKER, json.dumps({"format": FORMAT, "study": self.study}) + "\n")
+        write_text(path / "study.yaml", document)
+        with writing(path):
+            for name in ("blocks", "logs"):
+                (path / name).mkdir(exist_ok=True)
+        if not others:  # what looks unfinished may be what they are writing
             with writing(path):
                 remove_temporaries(path)
-                for name in ("blocks", "logs"):
-                    (path / name).mkdir(exist_ok=True)
             for name in sorted(APPENDED):
-                directory.repair(name)
-        return directory
+                self.repair(name)
+
+    def others(self) -> str:
+        """Who runs blocks of the directory now, in words; empty when nobody does."""
+        from .claim import holders
+
+        found = {(str(h["host"]), int(h["pid"])) for h in holders(self.path).values() if h["pid"] != os.getpid()}
+        if found:
+            return ", ".join(f"process {pid} on {host}" for host, pid in sorted(found))
+        try:
+            with _locked(self.path / SESSION):
+                return ""
+        except BlockingIOError:
+            return "a command that has just begun or is about to end"
 
     @classmethod
     def check(cls, path: str | Path, study_name: str, *, overwrite: bool = False) -> None:
@@ -94,23 +148,24 @@ class RunDirectory:
         return cls(path, str(marker["study"]))
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the directory for one writing command; a second one at the same time gets a :class:`UserError`.
+    def lock(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the directory while files of the whole of it are written (plan, table, report).
 
-        :meth:`create` holds it while it works, so take it afterwards.
+        Whoever cannot have it within ``wait_s`` seconds gets a :class:`UserError`. Not re-entrant: :meth:`create` and
+        :meth:`join` hold it while they work.
         """
-        import fcntl  # POSIX only; reading results needs no lock
-
-        with writing(self.path / LOCK):
-            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError("--out", str(self.path), "a directory that no other command is writing to") from None
+        with contextlib.ExitStack() as stack:
+            deadline = time.monotonic() + wait_s
+            while True:
+                try:
+                    stack.enter_context(_locked(self.path / LOCK))
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        expected = "a directory that no other command is writing to"
+                        raise UserError("--out", str(self.path), expected) from None
+                time.sleep(0.05)
             yield
-        finally:
-            os.close(descriptor)
 
     def block_folder(self, key: str) -> Path:
         """The folder of block ``key``."""
@@ -174,6 +229,24 @@ class RunDirectory:
         write_text(self.path / name, json.dumps(json.loads(jsonl.dumps(value)), indent=1, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def _locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """``flock`` on ``path``: shared (waits), or exclusive (:class:`BlockingIOError` where it would have to wait)."""
+    import fcntl  # POSIX only; reading results needs no lock
+
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in ``path``; :class:`StudyError` naming the file and ``remedy`` when it is damaged."""
     try:
@@ -214,7 +287,7 @@ def _check_marker(path: Path, marker: Mapping[str, Any]) -> None:
 
 
 def _refuse_foreign(path: Path) -> None:
-    if any(not is_temporary(p) and p.name != LOCK for p in path.iterdir()):  # those two: killed before the marker
+    if any(not is_temporary(p) and p.name not in (LOCK, SESSION) for p in path.iterdir()):  # killed before the marker
         raise UserError("--out", str(path), "an empty directory or one made by descentlab")
 
 

@@ -19,12 +19,17 @@ VALUE_KEYS = frozenset({"old", "new", "value", "values"})
 
 def dumps(row: Any) -> str:
     """``row`` as one line of strict JSON; numpy numbers and arrays become numbers and lists."""
-    return json.dumps(_plain(row), allow_nan=False, ensure_ascii=False)
+    try:
+        return json.dumps(row, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError):  # it holds something that JSON has not: rarely, and looking costs more than writing
+        return json.dumps(_plain(row), allow_nan=False, ensure_ascii=False)
 
 
 def loads(text: str) -> Any:
     """The inverse of :func:`dumps`: ``"nan"``, ``"inf"``, ``"-inf"`` under ``VALUE_KEYS`` become floats."""
-    return json.loads(text, object_hook=_restore)
+    if any(f'"{name}"' in text for name in NON_FINITE):
+        return json.loads(text, object_hook=_restore)
+    return json.loads(text)
 
 
 def encode(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -103,9 +103,9 @@ def _cover_in_checkpoint(path: Path) -> dict[str, Any]:
 
 def write_metrics(folder: Path, number: int, frames: Sequence[pl.DataFrame]) -> Part:
     """Write ``frames`` as one metrics part."""
-    frame = pl.concat(frames, how="diagonal_relaxed")
+    frame = pl.concat(frames, how="diagonal_relaxed") if len(frames) > 1 else frames[0]
     buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd")
+    frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=False)  # read whole or not at all
     return _write(folder, f"metrics/part-{number:05d}.parquet", buffer.getvalue(), frame.height)
 
 

@@ -5,20 +5,18 @@ The module is not called ``status`` because ``store.status`` is the function.
 
 from __future__ import annotations
 
-import os
 import socket
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .block import process_start
+from . import claim
 from .directory import RunDirectory, read_json
-from .parts import DONE, FAILED, OWNER, Cover, read_cover, recompute
+from .parts import CHECKPOINT, DONE, FAILED, OWNER, Cover, read_cover, recompute
+from .process import is_alive
 
-HEARTBEAT_S = 600.0  # a block on another host counts as running if it wrote something this recently
 STATES = ("done", "running", "queued", "failed", "diverged", "interrupted")
 
 
@@ -46,7 +44,8 @@ class RunStatus:
 class BlockStatus:
     """One block: its state, server updates completed of ``total`` (None when not recorded), its runs.
 
-    ``message`` is the last line of a failure.
+    ``message`` is the last line of a failure; ``per_s`` the updates per second of a running block, once it has
+    written a checkpoint.
     """
 
     key: str
@@ -55,6 +54,7 @@ class BlockStatus:
     total: int | None = None
     runs: tuple[str, ...] = ()
     message: str = ""
+    per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,22 @@ class Status:
         """Number of runs in each state that occurs, in the order of ``STATES``."""
         counted = Counter(run.state for run in self.runs)
         return {state: counted[state] for state in STATES if counted[state]}
+
+    def progress(self) -> float | None:
+        """Share of all updates of all runs that are on the disk, 0 to 1; None before there is a plan."""
+        total = sum(len(b.runs) * (b.total or 0) for b in self.blocks)
+        made = sum(len(b.runs) * (b.steps if b.state != "done" else b.total or b.steps) for b in self.blocks)
+        return made / total if total else None
+
+    def left_s(self) -> float | None:
+        """Seconds until everything is done at the speed of the blocks that run now; None while that is not known.
+
+        Blocks that failed or were interrupted do not count: nothing works on them.
+        """
+        speed = sum(len(b.runs) * (b.per_s or 0.0) for b in self.blocks if b.state == "running")
+        ahead = [b for b in self.blocks if b.state in ("running", "queued")]
+        left = sum(len(b.runs) * max((b.total or 0) - b.steps, 0) for b in ahead)
+        return left / speed if speed else None
 
 
 def status(path: str | Path) -> Status:
@@ -104,8 +120,9 @@ def _block_status(directory: RunDirectory, key: str, planned: Mapping[str, Any])
         return BlockStatus(key, "done", cover.step, total, tuple(r.run for r in done)), done
     state, message = _unfinished(directory, folder, owner, cover)
     steps = cover.step if cover else 0
+    per_s = _speed(folder, owner, steps) if state == "running" else None
     return (
-        BlockStatus(key, state, steps, total, members, message),
+        BlockStatus(key, state, steps, total, members, message, per_s),
         [RunStatus(run, state, steps, message, key) for run in members],
     )
 
@@ -123,23 +140,25 @@ def _unfinished(
     if (folder / FAILED).is_file():
         message = str(read_json(folder / FAILED, recompute(folder)).get("message", ""))
         return "failed", message or last_line(directory.log_path(folder.name))
-    if owner and _alive(owner, folder):
+    if owner and _alive(owner, directory, folder):
         return "running", ""
     return ("interrupted", "") if owner or cover else ("queued", "")
 
 
-def _alive(owner: Mapping[str, Any], folder: Path) -> bool:
+def _alive(owner: Mapping[str, Any], directory: RunDirectory, folder: Path) -> bool:
     if owner.get("host") != socket.gethostname():
-        newest = max(p.stat().st_mtime for p in (folder, *folder.glob("*.*")))
-        return time.time() - newest < HEARTBEAT_S
-    pid = int(owner["pid"])
+        return claim.holder(directory.path, folder.name) is not None
+    return is_alive(owner) and not (folder / DONE).is_file()
+
+
+def _speed(folder: Path, owner: Mapping[str, Any], steps: int) -> float | None:
+    """Updates per second between the block's (re)start, when owner.json was written, and its last checkpoint."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it exists and belongs to somebody else
-    return process_start(pid) == owner.get("started") and not (folder / DONE).is_file()
+        spent = (folder / CHECKPOINT).stat().st_mtime - (folder / OWNER).stat().st_mtime
+    except OSError:  # no checkpoint yet, or just finished
+        return None
+    made = steps - int(owner.get("from", 0))
+    return made / spent if made > 0 and spent > 0 else None
 
 
 def last_line(path: Path) -> str:

@@ -19,12 +19,16 @@ DIFF_LIMIT_BYTES = 65536
 NAME = "provenance.json"
 
 
-def gather(command: Sequence[str] | None = None, device: str = "") -> dict[str, Any]:
-    """Versions, git state of the current directory, hardware, threads, ``device``, ``command`` (default: this one)."""
+def gather(command: Sequence[str] | None = None, device: str = "", data_order: str = "") -> dict[str, Any]:
+    """Versions, git state of the current directory, hardware, threads, ``device``, ``command`` (default: this one).
+
+    ``data_order``: a hash of the order in which the first samples are read.
+    """
     return {
         "command": list(sys.argv if command is None else command),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
+        "data_order": data_order,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
@@ -37,9 +41,11 @@ def gather(command: Sequence[str] | None = None, device: str = "") -> dict[str, 
     }
 
 
-def record(directory: RunDirectory, command: Sequence[str] | None = None, device: str = "") -> dict[str, Any]:
+def record(
+    directory: RunDirectory, command: Sequence[str] | None = None, device: str = "", data_order: str = ""
+) -> dict[str, Any]:
     """Write provenance.json; when the directory is taken up again, add a session and warn about changed versions."""
-    now = gather(command, device)
+    now = gather(command, device, data_order)
     first = directory.read_json(NAME)
     if not first:
         directory.replace_json(NAME, now)

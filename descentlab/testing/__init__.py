@@ -6,18 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .determinism import check_deterministic as check_deterministic
     from .engines import check_engine as check_engine
     from .observables import check_observable as check_observable
     from .optimizers import check_optimizer as check_optimizer
     from .workloads import check_workload as check_workload
 
 _HOME = {
+    "check_deterministic": "determinism",
     "check_engine": "engines",
     "check_observable": "observables",
     "check_optimizer": "optimizers",
     "check_workload": "workloads",
 }
-__all__ = ["check_engine", "check_observable", "check_optimizer", "check_workload"]
+__all__ = ["check_deterministic", "check_engine", "check_observable", "check_optimizer", "check_workload"]
 
 
 def __getattr__(name: str) -> Any:

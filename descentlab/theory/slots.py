@@ -226,3 +226,43 @@ def slot_steps(optimizer: Mapping[str, Any], ratio: float, normal: float) -> flo
         _steps_above(weight * gradient**power / normal, WITHIN, decay)
         for weight, (decay, power) in zip(weights, parts, strict=True)
     )
+
+
+def _memory(optimizer: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """(rule of :func:`steps_until_normal`, its settings) of an optimizer's settings; "" for an unknown one."""
+    name = str(optimizer.get("name", ""))
+    if name in ("adam", "adamw"):
+        rule = "amsgrad" if optimizer.get("amsgrad") else "adam"
+        return rule, {"beta2": float(optimizer.get("betas", (0.9, 0.999))[1])}
+    if name == "rmsprop":
+        return name, {"alpha": float(optimizer.get("alpha", 0.99))}
+    if name == "sgd":
+        momentum = float(optimizer.get("momentum") or 0.0)
+        return ("momentum", {"momentum": momentum}) if momentum else ("sgd", {})
+    return "", {}
+
+
+def update_steps(optimizer: Mapping[str, Any], ratio: float) -> float | None:
+    """:func:`steps_until_normal` for an optimizer's settings and a gradient ``ratio`` times the usual; None: unknown.
+
+    A heavy ball's updates are too large until then, not frozen, so it counts as 0 here.
+    """
+    rule, settings = _memory(optimizer)
+    if not rule or not ratio > 1:
+        return None
+    return 0 if rule == "momentum" else steps_until_normal(rule, ratio, **settings)
+
+
+def update_curve(optimizer: Mapping[str, Any], ratio: float, steps: np.ndarray) -> np.ndarray | None:
+    """Predicted size of update k = ``steps`` after a gradient ``ratio`` times the usual, over the usual update.
+
+    None for an optimizer that :func:`steps_until_normal` does not know or that never settles.
+    """
+    rule, settings = _memory(optimizer)
+    if rule == "adam":
+        return adam_update(steps, 1.0, ratio, betas=(float(optimizer.get("betas", (0.9, 0.999))[0]), settings["beta2"]))
+    if rule == "rmsprop":
+        return rmsprop_update(steps, 1.0, ratio, **settings)
+    if rule == "momentum":
+        return momentum_update(steps, 1.0, ratio, **settings) * (1 - settings["momentum"])
+    return sgd_update(steps, 1.0, ratio) if rule == "sgd" else None

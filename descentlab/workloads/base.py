@@ -130,12 +130,20 @@ class Workload:
     make: Callable[[], nn.Module]
     dtype: torch.dtype
     device: torch.device
+    square: bool = False  # the squared distance for classes too
 
     @classmethod
-    def of(cls, data: Data, factory: ModelFactory, *, dtype: torch.dtype, device: torch.device) -> Workload:
+    def of(
+        cls, data: Data, factory: ModelFactory, *, dtype: torch.dtype, device: torch.device, square: bool = False
+    ) -> Workload:
         data = data.to(device, dtype)
         stemmed = data.map_inputs(factory.stem) if factory.stem else data
-        return cls(stemmed, lambda: factory.build(data), dtype, device)
+        return cls(stemmed, lambda: factory.build(data), dtype, device, square)
+
+    @property
+    def has_cross_entropy(self) -> bool:
+        """Whether the loss is the cross-entropy."""
+        return self.data.classes > 0 and not self.square
 
     def module(self, streams: Streams, replicate: int) -> nn.Module:
         """A fresh module; the same (seed, replicate) gives the same weights whatever else runs."""
@@ -143,13 +151,16 @@ class Workload:
         return isolated_init(self.make, seed, self.dtype).to(self.device)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, or half the mean squared distance for targets that are no classes.
+        """Mean cross-entropy in nats, or half the mean squared distance for targets that are no classes and, with
+        ``square``, to the class as a unit vector.
 
         ``output`` ``[B, classes]`` with ``y`` ``[B]``, or ``[B, T, classes]`` with ``y`` ``[B, T]``: then the mean is
         over all tokens.
         """
-        if self.data.classes:
+        if self.has_cross_entropy:
             return F.cross_entropy(*_flat(output, y))
+        if self.data.classes:
+            y = (torch.arange(output.shape[-1], device=y.device) == y.unsqueeze(-1)).to(output.dtype)
         return 0.5 * (output - y).square().flatten(1).sum(1).mean()
 
     def vectorised_loss(self, output: Tensor, y: Tensor) -> Tensor:
@@ -158,7 +169,7 @@ class Workload:
         mean_b (log sum_c exp z_bc - z_by), z = output - max_c output. ``vmap`` takes torch's own cross-entropy apart
         into steps that need more time than the whole rest of a small network; this form halves the time of a step.
         """
-        if not self.data.classes:
+        if not self.has_cross_entropy:
             return self.loss(output, y)
         z = output - output.detach().amax(-1, keepdim=True)
         return (z.exp().sum(-1).log() - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()

@@ -107,3 +107,22 @@ def checked_sampler(name: str, made: Any, n: int) -> Any:
     if drawn.min() < 0 or drawn.max() >= n:
         raise UserError("sampler", name, f"indices from 0 to {n - 1}, not {drawn.min()} to {drawn.max()}")
     return made
+
+
+class CountedEpochs:
+    """The same batches, of which another number counts as an epoch; data passes go on across such epochs."""
+
+    def __init__(self, inner: Any, steps_per_epoch: int) -> None:
+        self.inner, self.steps_per_epoch = inner, steps_per_epoch
+        self.batch_size = int(inner.batch_size)
+
+    def indices(self, replicates: np.ndarray, workers: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """As :meth:`Shuffled.indices`."""
+        return self.inner.indices(replicates, workers, positions)
+
+
+def with_epochs(sampler: Any, steps: int | None, samples: int | None) -> Any:
+    """The sampler with epochs of so many ``steps``, or of ``samples`` // batch_size; itself where both are None."""
+    if steps is None and samples is None:
+        return sampler
+    return CountedEpochs(sampler, steps or max(1, (samples or 0) // sampler.batch_size))

@@ -2,7 +2,7 @@
 
 from descentlab.config.tree import StudyDef, StudySpec
 from descentlab.core.stage import Stage
-from descentlab.report import Column, Report, TableBlock, Verdict
+from descentlab.report import Report, Verdict
 
 
 class BatchSpec(StudySpec):
@@ -10,8 +10,8 @@ class BatchSpec(StudySpec):
     steps: int = 60
 
 
-def plan(cells):  # three runs of each cell
-    return [(cell, replicate, "plain", {}) for cell in range(len(cells)) for replicate in range(3)]
+def plan(cells):  # three runs of each cell; the label becomes the column "batch" of the table
+    return [(i, r, "plain", {"batch": cell.batch_size}) for i, cell in enumerate(cells) for r in range(3)]
 
 
 def stages(cell):  # the key of stored work comes from it
@@ -19,11 +19,11 @@ def stages(cell):  # the key of stored work comes from it
 
 
 def report(results):
-    groups = results.frame.filter(step=results.spec["steps"] - 1).group_by("batch_size", maintain_order=True)
-    lines = [Verdict(f"batch size {b[0]}: {rows['test_loss'].mean():.4f} nats") for b, rows in groups]
-    return Report("Batch size", STUDY.question, lines, [], {}, TableBlock([Column("run")], []), {}, "")
+    ends = results.frame.drop_nulls("test_loss").group_by("run", maintain_order=True).last().group_by("batch")
+    lines = [Verdict(f"batch size {key[0]}: {rows['test_loss'].mean():.4f} nats") for key, rows in sorted(ends)]
+    return Report("Batch size", STUDY.question, lines)
 
 
-engine, horizon = (lambda cell: "lockstep"), (lambda cell, planned: (cell.steps, 0))  # steps, first evaluation
+engine, horizon = (lambda cell: "lockstep"), (lambda cell, planned: (cell.steps, 0))  # updates, first evaluation
 GRID, HERE = {"default": {"grid": {"batch_size": [16, 64]}}}, {"module": "my_study", "report": "my_study:report"}
 STUDY = StudyDef("batch", "Does the batch size matter?", BatchSpec, GRID, {"default": {}}, plan, **HERE)

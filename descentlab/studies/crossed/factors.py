@@ -65,6 +65,19 @@ def _condition(settings: Mapping[str, Any], cells: Mapping[int, Mapping[str, Any
     return ",".join([str(settings["optimizer"]), *(f"{key}={settings[key]}" for key in free)])
 
 
+def _with_fixed(settings: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's settings with the factors that all cells share, which are no columns of the frame."""
+    fixed: dict[str, Any] = {}
+    for factor in FACTORS:
+        block = spec.get(factor)
+        if isinstance(block, Mapping) and "name" in block:
+            fixed[factor] = block["name"]
+    staleness = (spec.get("timeline") or {}).get("staleness")
+    if "timeline" in fixed and staleness is not None:
+        fixed["timeline.staleness"] = staleness
+    return {**fixed, **settings}
+
+
 def _ordered(names: list[str], base: str) -> list[str]:
     unique = list(dict.fromkeys(names))
     return sorted(unique, key=lambda name: name != base)
@@ -72,7 +85,7 @@ def _ordered(names: list[str], base: str) -> list[str]:
 
 def factorial(results: ResultsLike, classes: int) -> Factorial:
     """Sort the runs into the factorial; runs that differ only in the fault are scored at one common step."""
-    cells = cell_settings(results.frame)
+    cells = {cell: _with_fixed(s, results.spec) for cell, s in cell_settings(results.frame).items()}
     keys: dict[int, Key] = {
         cell: (
             _condition(s, cells),

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from ...analysis.outcomes import LABELS
-from ...analysis.pollution import POLLUTED, censored_median
+from ...analysis.pollution import FROZEN, POLLUTED, censored_median
 from ...analysis.recovery import Recovery
 from ...report import Column, FigureBlock, Paragraph, Section, TableBlock
 from . import figures
@@ -49,6 +49,7 @@ def pollution_table(recovery: Recovery) -> TableBlock:
             slot, bn = "optimizer slot" in state, "BatchNorm" in state
             slots = [part["slot_steps"].to_list(), part["slot_predicted"].to_list()] if slot else [[], []]
             variances = [part["bn_steps"].to_list(), part["bn_predicted"].to_list()] if bn else [[], []]
+            back = [part["frozen_steps"].to_list(), part["frozen_predicted"].to_list()]
             counts = part["outcome"].to_list()
             rows.append(
                 [
@@ -60,6 +61,8 @@ def pollution_table(recovery: Recovery) -> TableBlock:
                     predicted_text(slots[1]),
                     steps_text(variances[0], watched),
                     predicted_text(variances[1]),
+                    steps_text(back[0], watched),
+                    predicted_text(back[1]),
                     ", ".join(f"{label} {counts.count(label)}" for label in LABELS if label in counts),
                 ]
             )
@@ -74,12 +77,17 @@ def pollution_table(recovery: Recovery) -> TableBlock:
         Column("slot: predicted", "", "constant gradient after the hit; a lower bound for second moments"),
         Column("variance: steps to 10 %", "", "measured, median; > : not within what was watched"),
         Column("variance: predicted", "", "(1 - 0.1)^k; infinite variance: never"),
+        Column(
+            "updates: frozen for", "", "steps until updates are back at 90 % of the twin's, median; 0: never frozen"
+        ),
+        Column("frozen: predicted", "", "constant gradient; known only where the fault was a factor on the gradient"),
         Column("outcomes"),
     ]
     caption = (
         "Ratios to the twin right after the faulty update, medians over runs. Steps until within 10 % of the twin for "
-        "good; a run that is not, within what was watched, counts as longer. Weights have no decay: what an update "
-        "moved stays until training moves it back."
+        "good; a run that is not, within what was watched, counts as longer. Updates are frozen if their moving "
+        f"average is below {FROZEN:g} of the twin's right after the hit. Weights have no decay: what an update moved "
+        "stays until training moves it back."
     )
     return TableBlock(columns, rows, caption)
 
@@ -88,11 +96,13 @@ def explanation_section(recovery: Recovery, brief: bool) -> Section:
     """Table, the decay figure, and what the prediction assumes."""
     n = recovery.measures["replicate"].n_unique()
     caption = (
-        "Largest optimizer slot and largest BatchNorm running variance over the twin's at the same step: lines, "
-        f"median, and bands, quartiles, over n = {n} cases; non-finite values count as above the axis. Crosses: median "
-        "of the decay predicted from each run's value at the hit, for constant gradients after it (for second "
-        "moments a lower bound, since nothing fades faster than its decay; for momentum an approximation). 1 = as in "
-        "the twin. An optimizer without slots has no line."
+        "Largest optimizer slot, largest BatchNorm running variance and size of the updates (moving average after the "
+        f"hit) over the twin's at the same step: lines, median, and bands, quartiles, over n = {n} cases; non-finite "
+        "values count as above the axis. Crosses: median of what is predicted for constant gradients after the hit, "
+        "from each run's slot or variance at the hit (for second moments a lower bound, since nothing fades faster "
+        "than its decay; for momentum an approximation), for updates from the factor on the gradient where that was "
+        "the fault (an estimate: a real gradient is not constant). 1 = as in the twin. An optimizer without slots has "
+        "no line."
     )
     text = Paragraph(
         "The prediction takes the state right after the faulty update, assumes that gradients are then as in the twin, "

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from ...analysis.pollution import BN_MOMENTUM
-from ...analysis.recovery import Recovery, aligned
+from ...analysis.pollution import BN_MOMENTUM, moving_average, smoothing
+from ...analysis.recovery import Recovery, aligned, step_grid
 from ...report.figures import (
     DOUBLE,
     GREY,
     Look,
     failed_mark,
+    legend_columns,
     looks,
     name_ticks,
     new_figure,
@@ -23,7 +24,7 @@ from ...report.figures import (
     signed_scale,
     styled,
 )
-from ...theory.slots import slot_curve
+from ...theory.slots import slot_curve, update_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +136,8 @@ def comparison(recovery: Recovery, fault: str, case: int) -> Figure:
         handles = [*axes[0, 0].get_legend_handles_labels()[0], axes[1, 0].containers[0]]
         if chosen["failed"].any():
             handles.append(failed_mark())
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        columns = legend_columns([str(handle.get_label()) for handle in handles], DOUBLE)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -174,7 +176,7 @@ def median_band(values: np.ndarray) -> Band:
 
 def zoom(recovery: Recovery, before: int = 10) -> Figure:
     """Per optimizer, loss (median, quartiles) and accuracy (mean, 95 % t) around the hit: fault against twin."""
-    steps = np.arange(-before, int(recovery.measures["steps_watched"].max()) + 1)  # type: ignore[arg-type]
+    steps = step_grid(recovery, before)
     names, charge, chance = recovery.order, recovery.scores.failure_loss, recovery.scores.chance
     look, across = looks(names), min(4, len(names))
     grey = Look(GREY, (0, (3, 1.5)), "o")
@@ -244,19 +246,35 @@ def state_ratios(recovery: Recovery, column: str, steps: np.ndarray) -> dict[str
     return ratios
 
 
+def _update_ratios(recovery: Recovery, steps: np.ndarray) -> dict[str, np.ndarray]:
+    """Size of the update over the twin's per condition, [cases, steps]: moving average after the hit, none before."""
+    out = {}
+    for name, ratio in state_ratios(recovery, "update_norm", steps).items():
+        later = np.where(np.isfinite(ratio[:, steps > 0]), ratio[:, steps > 0], np.nan)
+        width = smoothing(later.shape[1])
+        out[name] = np.full(ratio.shape, np.nan)
+        out[name][:, steps > 0] = [moving_average(one, width) for one in later]
+    return out
+
+
 def predicted_curves(recovery: Recovery, condition: str, column: str, steps: np.ndarray) -> np.ndarray | None:
     """Predicted ratio to the twin, median over runs, at ``steps`` (NaN before the hit); None where nothing is known."""
     own = recovery.steps.filter((pl.col("condition") == condition) & (pl.col("relative_step") == 0))
-    later, curves = steps[steps >= 0], []
-    for hit, normal in own.select(column, f"{column}_twin").cast(pl.Float64).fill_null(np.nan).iter_rows():
-        if not (normal > 0 and np.isfinite(hit)):
-            curves.append(np.full(len(later), np.inf if normal > 0 else np.nan))
-        elif column == "bn_var_max":
-            curves.append(1 + (hit / normal - 1) * (1 - BN_MOMENTUM) ** later)
-        else:
-            found = slot_curve(recovery.optimizers[condition], hit, normal, later)
-            curves.append(np.ones(len(later)) if found is None else found)
-    known = [c for c in curves if not np.isnan(c).all()]
+    settings, later = recovery.optimizers[condition], steps[steps >= 0]
+    curves: list[np.ndarray | None] = []
+    if column == "update_norm":
+        spikes = recovery.measures.filter(pl.col("condition") == condition)["spike"].drop_nulls().to_list()
+        curves = [update_curve(settings, abs(spike), later) for spike in spikes]
+    else:
+        for hit, normal in own.select(column, f"{column}_twin").cast(pl.Float64).fill_null(np.nan).iter_rows():
+            if not (normal > 0 and np.isfinite(hit)):
+                curves.append(np.full(len(later), np.inf if normal > 0 else np.nan))
+            elif column == "bn_var_max":
+                curves.append(1 + (hit / normal - 1) * (1 - BN_MOMENTUM) ** later)
+            else:
+                found = slot_curve(settings, hit, normal, later)
+                curves.append(np.ones(len(later)) if found is None else found)
+    known = [c for c in curves if c is not None and not np.isnan(c).all()]
     if not known or not (np.median(known, axis=0)[0] > 1.0 + 1e-9):
         return None
     out = np.full(len(steps), np.nan)
@@ -264,42 +282,60 @@ def predicted_curves(recovery: Recovery, condition: str, column: str, steps: np.
     return out
 
 
+STATES = {
+    "slot_max": "largest optimizer slot",
+    "bn_var_max": "largest BatchNorm variance",
+    "update_norm": "size of the updates",
+}
+
+
+def _state_panel(ax: Axes, recovery: Recovery, column: str, steps: np.ndarray, look: dict[str, Look]) -> bool:
+    """Median ratio to the twin, quartiles, and what theory predicts; False where it predicts nothing."""
+    made = _update_ratios(recovery, steps) if column == "update_norm" else state_ratios(recovery, column, steps)
+    ratios = {n: r for n, r in made.items() if np.isfinite(r).any()}  # an optimizer without slots has none
+    top = max([10.0, *(10 * float(np.nanmax(r, where=np.isfinite(r), initial=1.0)) for r in ratios.values())])
+    if column == "update_norm":
+        top = min(top, 1e4)  # the update of the fault itself is in no average; further ones can still overflow
+    curves = {}
+    for name, ratio in ratios.items():
+        centre, low, high = median_band(np.minimum(ratio, 10 * top))  # non-finite: above the axis
+        _draw_band(ax, steps, (centre, low, high), look[name], label=name)
+        predicted = predicted_curves(recovery, name, column, steps)
+        if predicted is not None:
+            curves[name] = predicted
+            first = int(column == "update_norm")  # the spike itself is no part of the moving average
+            place = np.flatnonzero(steps >= first)[:: max(1, len(steps) // 14)]
+            ax.plot(steps[place], np.minimum(predicted, 10 * top)[place], "x", color=look[name].colour, ms=3.5)
+    ax.set_yscale("log")
+    drawn = [r[np.isfinite(r) & (r > 0)] for r in (*ratios.values(), *curves.values())]
+    ax.set_ylim(max(min([0.5, *(0.5 * float(d.min()) for d in drawn if len(d))]), 1e-6), top)
+    plain_log_ticks(ax)
+    ax.axhline(1, color=GREY, linewidth=0.7, linestyle=":")
+    _hit_line(ax, 0)
+    ax.set_xlabel("step after the hit")
+    return bool(curves)
+
+
 def state(recovery: Recovery) -> Figure:
-    """Largest optimizer slot and BatchNorm variance over the twin's after the hit; crosses: the predicted decay."""
+    """Largest slot, BatchNorm variance and updates over the twin's after the hit; crosses: the predicted decay."""
     from matplotlib.lines import Line2D
 
-    steps = np.arange(-5, int(recovery.measures["steps_watched"].max()) + 1)  # type: ignore[arg-type]
-    look = looks(recovery.order)
-    panels = [("slot_max", "largest optimizer slot"), ("bn_var_max", "largest BatchNorm variance")]
-    panels = [p for p in panels if p[0] in recovery.steps.columns and recovery.steps[p[0]].is_not_null().any()]
+    steps, look, predicted = step_grid(recovery, 5), looks(recovery.order), False
+    shown = [c for c in STATES if c in recovery.steps.columns and recovery.steps[c].is_not_null().any()]
     with styled():
-        figure = new_figure(DOUBLE, 2.7)
-        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)
-        for index, (column, label) in enumerate(panels):
-            ax = axes[0, index]
-            ratios = {n: r for n, r in state_ratios(recovery, column, steps).items() if np.isfinite(r).any()}
-            top = max([10.0, *(10 * float(np.nanmax(r, where=np.isfinite(r), initial=1.0)) for r in ratios.values())])
-            for name, ratio in ratios.items():  # an optimizer without slots has no ratio
-                centre, low, high = median_band(np.minimum(ratio, 10 * top))  # non-finite: above the axis
-                _draw_band(ax, steps, (centre, low, high), look[name], label=name)
-                predicted = predicted_curves(recovery, name, column, steps)
-                if predicted is not None:
-                    place = np.flatnonzero(steps >= 0)[:: max(1, len(steps) // 14)]
-                    ax.plot(steps[place], np.minimum(predicted, 10 * top)[place], "x", color=look[name].colour, ms=3.5)
-            ax.set_yscale("log")
-            least = min([0.5, *(0.5 * float(np.nanmin(r[r > 0])) for r in ratios.values())])
-            ax.set_ylim(max(least, 1e-6), top)
-            plain_log_ticks(ax)
-            ax.axhline(1, color=GREY, linewidth=0.7, linestyle=":")
-            _hit_line(ax, 0)
-            ax.set_xlabel("step after the hit")
-            ax.set_ylabel("ratio to the twin")
-            panel_title(ax, index, label)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure = new_figure(DOUBLE, 2.6 + 0.16 * (-(-len(recovery.order) // 4) - 1))
+        axes = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+        for index, (ax, column) in enumerate(zip(axes, shown, strict=False)):
+            predicted |= _state_panel(ax, recovery, column, steps, look)
+            panel_title(ax, index, STATES[column])
+        axes[0].set_ylabel("ratio to the twin")
+        handles = {n: h for ax in axes for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
+        if predicted:
+            mark = Line2D([], [], color="black", linestyle="none", marker="x", markersize=3.5)
+            handles["predicted (optimizer's colour)"] = mark
         if handles:
-            handles.append(Line2D([], [], color="black", linestyle="none", marker="x", markersize=3.5))
-            labels.append("predicted (optimizer's colour)")
-            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+            columns = legend_columns(list(handles), DOUBLE)
+            figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
     return figure
 
 

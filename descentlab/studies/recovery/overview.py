@@ -9,13 +9,14 @@ import polars as pl
 
 from ...analysis.contrasts import wins_ties_losses
 from ...analysis.paired import replicate_means
-from ...analysis.recovery import Recovery, aligned
+from ...analysis.recovery import Recovery, aligned, step_grid
 from ...report.figures import (
     DOUBLE,
     GREY,
     Look,
     failed_mark,
     heat,
+    legend_columns,
     looks,
     new_figure,
     panel_title,
@@ -75,7 +76,7 @@ def _excess_panel(ax: Axes, recovery: Recovery, look: dict[str, Look]) -> None:
 
 
 def _trajectory_panel(ax: Axes, recovery: Recovery, look: dict[str, Look]) -> None:
-    steps = np.arange(-10, int(recovery.measures["steps_watched"].max()) + 1)  # type: ignore[arg-type]
+    steps = step_grid(recovery, 10)
     chance = recovery.scores.chance
     for name in recovery.order:
         fault = aligned(recovery, name, "train_accuracy", steps, chance)
@@ -155,7 +156,7 @@ def overview(recovery: Recovery) -> Figure:
     """Excess loss, aligned trajectories, win rates, excess accuracy, damage at the hit against the end, epochs."""
     look = looks(recovery.order)
     with styled():
-        figure = new_figure(DOUBLE, 7.6)
+        figure = new_figure(DOUBLE, 7.6 + 0.17 * (len(recovery.order) // 4))
         axes = figure.subplots(3, 2)
         _excess_panel(axes[0, 0], recovery, look)
         _trajectory_panel(axes[0, 1], recovery, look)
@@ -176,5 +177,6 @@ def overview(recovery: Recovery) -> Figure:
         handles, _ = axes[0, 1].get_legend_handles_labels()
         if recovery.measures["failed"].any():
             handles.append(failed_mark())
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        names = [str(handle.get_label()) for handle in handles]
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(names, DOUBLE))
     return figure

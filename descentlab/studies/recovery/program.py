@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ...core.protocols import Planned
 from ...core.stage import Stage
@@ -29,7 +30,27 @@ def stages(cell: RecoverySpec) -> list[Stage]:
     after = {"recovery_steps": settings.pop("recovery_steps", None)}
     return [
         Stage("campaign", "derive", {**workload, "fault": fault}),
+        *(_led(cell, settings, after) if cell.protocol != "scratch" else _trained(settings, after)),
+        Stage("comparison", "derive", {}, ("recovery",)),
+    ]
+
+
+def _trained(settings: dict[str, Any], after: dict[str, Any]) -> list[Stage]:
+    """One optimizer from the start to the end."""
+    return [
         Stage("prefix", "train", settings, ("campaign",)),
         Stage("recovery", "train", after, ("campaign", "prefix"), fork=2),
-        Stage("comparison", "derive", {}, ("recovery",)),
+    ]
+
+
+def _led(cell: RecoverySpec, settings: dict[str, Any], after: dict[str, Any]) -> list[Stage]:
+    """The baseline up to the fault, the update with it and without, and from there every optimizer; what tracks the
+    gradients begins with the prefix."""
+    keys = ("protocol", "optimizer", "carry_state")
+    own: dict[str, Any] = {key: settings.pop(key) for key in keys if key in settings}
+    tracked = {"tracked": own["optimizer"]} if cell.protocol == "shadow" else {}
+    return [
+        Stage("prefix", "train", {**settings, **tracked}, ("campaign",)),
+        Stage("strike", "train", {}, ("campaign", "prefix"), fork=2),
+        Stage("recovery", "train", {**after, **own}, ("strike",)),
     ]

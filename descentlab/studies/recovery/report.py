@@ -31,8 +31,10 @@ from ..common import (
 )
 from . import breakdowns, figures, outcome_figures, tables
 from .arms import arm_report
+from .corruption import corruption_section
 from .explanation import explanation_section
 from .overview import head_to_head, overview, paired_differences
+from .protocols import protocol_notes, tune_notes
 from .spec import STUDY
 
 MEASURE = "excess test loss over the twin"
@@ -210,6 +212,7 @@ def _sections(
         *([] if brief else [Section("Summary of all cases", [_overview_block(recovery, n)])]),
         Section("Around the hit", [_zoom_block(recovery, n)]),
         explanation_section(recovery, brief),
+        *corruption_section(recovery, results, brief),
         *([] if brief else [Section("Single cases in full", _comparison_blocks(recovery))]),
         Section("Head to head", [tables.head_table(recovery)]),
         *breakdowns.breakdown_sections(recovery),
@@ -276,7 +279,7 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     )
     if is_brief(results):
         notes.append("size=quick draws two of the figures, as PNG only; run the default size for all of them.")
-    notes += tables.not_applicable(results.hits)
+    notes += [*tables.not_applicable(results.hits), *protocol_notes(results), *tune_notes(results)]
     caption = (
         f"Difference in {MEASURE} (first minus second; negative: the first recovers better), paired by case. All "
         "pairs of optimizers were planned; nothing else is tested."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from ...config.tree import StudyDef, StudySpec
 from ...core.errors import UserError
 from ...core.specs import extent
+from ...optim.specs import Baseline, ExternalOptimizer, NoBaseline
+from ...optim.tuning_specs import NoTune, TuneChoice
 from ...perturb.arm_specs import ArmChoice, NoArm
 from ...perturb.specs import FaultChoice, N16Rd
 from ...workloads.specs import Model, SmallCnn
@@ -22,16 +24,35 @@ class RecoverySpec(StudySpec):
     model: Model = SmallCnn()
     fault: FaultChoice = N16Rd(value_mode="log_uniform", value_high=1e12)
     arm: ArmChoice = NoArm()
+    protocol: Literal["scratch", "baseline", "shadow"] = Field(
+        "scratch", description="who trains up to the fault: each optimizer itself, or a baseline that others continue"
+    )
+    baseline: Baseline = NoBaseline()
+    carry_state: bool = Field(
+        True, description="protocol = baseline: slots are handed over where both optimizers have them"
+    )
+    tune: TuneChoice = extent(NoTune(), description="learning rates chosen before the comparison; ids have the chosen")
     cases: PositiveInt = extent(10, description="planned faults; case i is replicate i")
     recovery_steps: PositiveInt = 100
     share_prefix: bool = extent(True, description="train the fault-free prefix once for a run and its twin")
 
     def identity(self) -> dict[str, Any]:
-        """As for every block; ``arm`` is left out at its default, as in the ids of runs made before it existed."""
+        """As for every block; ``arm`` and ``baseline`` are left out at their defaults, as in the ids of runs made
+        before they existed."""
         out = super().identity()
         if self.arm == NoArm():
             del out["arm"]
+        if self.baseline == NoBaseline():
+            del out["baseline"]
         return out
+
+    def check_given(self) -> None:
+        super().check_given()
+        if self.protocol == "scratch" and self.baseline.name != "none":
+            raise UserError("baseline", self.baseline.name, "no baseline beside protocol = scratch")
+        if self.protocol != "baseline" and "carry_state" in self.model_fields_set:
+            expected = f"protocol = baseline; with protocol = {self.protocol} nothing is handed over"
+            raise UserError("carry_state", self.carry_state, expected)
 
 
 def plan(cells: Sequence[RecoverySpec]) -> list[tuple[int, int, str, dict[str, Any]]]:
@@ -47,6 +68,19 @@ def plan(cells: Sequence[RecoverySpec]) -> list[tuple[int, int, str, dict[str, A
 def check(cell: RecoverySpec) -> None:
     if cell.fault.name == "none":
         raise UserError("fault", "none", "a fault: every run is compared with its fault-free twin already")
+    if cell.protocol == "scratch":
+        return
+    if cell.baseline.name == "none":
+        expected = f"an optimizer that trains up to the fault beside protocol = {cell.protocol}"
+        raise UserError("baseline", "none", expected, hint="for instance baseline=adam")
+    if cell.arm.name != "none":
+        expected = f"none beside protocol = {cell.protocol}: its bounds are those of one optimizer's memory"
+        raise UserError("arm", cell.arm.name, expected)
+    if cell.protocol == "shadow" and isinstance(cell.optimizer, ExternalOptimizer):
+        expected = (
+            "an optimizer of descentlab list optimizers beside protocol = shadow: a third party's memory may follow "
+        )
+        raise UserError("optimizer", cell.optimizer.name, f"{expected}the weights it moves, and a shadow moves none")
 
 
 ADAPTIVE = {"betas": (0.9, 0.999), "eps": 1e-7}
@@ -73,10 +107,10 @@ STUDY = StudyDef(
     question="After the same hardware fault hits one training step, which optimizer recovers best?",
     spec=RecoverySpec,
     presets={
-        "default": {"grid": GRID, "options": {"optimizer": TUNED}, "observe": OBSERVE},
+        "default": {"grid": GRID, "options": {"optimizer": TUNED, "baseline": TUNED}, "observe": OBSERVE},
         "published": {
             "grid": GRID,
-            "options": {"optimizer": PUBLISHED},
+            "options": {"optimizer": PUBLISHED, "baseline": PUBLISHED},
             "observe": OBSERVE,
             "schedule": {"name": "linear", "end": 1e-4, "steps": 5000},
             "fault": {"name": "N16_RD", "value_mode": "log_uniform", "value_high": 1.2e8},
@@ -102,7 +136,7 @@ STUDY = StudyDef(
     },
     plan=plan,
     check=check,
-    options={"optimizer": TUNED},
+    options={"optimizer": TUNED, "baseline": TUNED},
     module="descentlab.studies.recovery.program",
     report="descentlab.studies.recovery.report:build",
 )

@@ -8,6 +8,8 @@ from ...core.protocols import Planned
 from ...core.stage import Stage
 from ...core.streams import Streams
 from ...workloads.loading import load_data
+from ...workloads.sampler import with_epochs
+from ...workloads.slices import sliced
 from .spec import TrainingSpec
 
 
@@ -17,14 +19,21 @@ def engine(cell: TrainingSpec) -> str:
 
 
 def horizon(cell: TrainingSpec, planned: Sequence[Planned]) -> tuple[int, int]:
-    """``steps`` updates, or those of ``epochs`` epochs; evaluated so that the last one is."""
-    steps = cell.steps or cell.epochs * _steps_per_epoch(cell)
+    """Updates of a run; evaluated at the end of epochs where those are counted, else so that the last one is."""
+    if cell.evaluate_epochs is None and (cell.steps or cell.samples):
+        steps = cell.length(1)
+        return steps, (steps - 1) % (cell.observe.evaluate_every or steps)
+    epoch = _steps_per_epoch(cell)
+    steps = cell.length(epoch)
+    if cell.evaluate_epochs is not None:
+        return steps, cell.evaluate_epochs * epoch - 1
     return steps, (steps - 1) % (cell.observe.evaluate_every or steps)
 
 
 def _steps_per_epoch(cell: TrainingSpec) -> int:
-    sampler = cell.sampler.build()(len(load_data(cell.dataset).x_train), cell.batch_size, Streams(cell.seed))
-    return int(sampler.steps_per_epoch)
+    data = sliced(load_data(cell.dataset), cell.splits.model_dump())
+    sampler = cell.sampler.build()(len(data.x_train), cell.batch_size, Streams(cell.seed))
+    return int(with_epochs(sampler, cell.steps_per_epoch, cell.samples_per_epoch).steps_per_epoch)
 
 
 def stages(cell: TrainingSpec) -> list[Stage]:

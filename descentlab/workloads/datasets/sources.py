@@ -10,7 +10,7 @@ class RemoteFile:
     """One file: where it lies below a data folder, where it is published, and its checksum.
 
     ``checksum`` is ``algorithm:hexadecimal digits``, as its publisher or a widely used library states it: sha256 where
-    such a figure exists, md5 else.
+    such a figure exists, md5 else. Empty where none is published: the file is taken as it comes, and said to be.
     """
 
     path: str
@@ -108,4 +108,19 @@ TINYSHAKESPEARE = Source(
             "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         ),
     ),
+)
+
+_LIBSVM = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary"
+A9A = Source(
+    "a9a",
+    "Adult, 1994 census (Platt's encoding, LIBSVM data collection); no checksum is published: not verified",
+    "CC BY 4.0 (UCI Adult)",
+    (RemoteFile("libsvm/a9a", f"{_LIBSVM}/a9a", ""), RemoteFile("libsvm/a9a.t", f"{_LIBSVM}/a9a.t", "")),
+)
+COVTYPE = Source(
+    "covtype",
+    "Forest cover type, binary (Collobert, Bengio, Bengio 2002; LIBSVM data collection); no checksum is published: "
+    "not verified",
+    "CC BY 4.0 (UCI Covertype)",
+    (RemoteFile("libsvm/covtype.libsvm.binary.bz2", f"{_LIBSVM}/covtype.libsvm.binary.bz2", ""),),
 )

@@ -224,6 +224,57 @@ class Mnist1dLike(Generated):
         return load(self.noise, self.sizes(), self.seed)
 
 
+class _Sparse(Option):
+    """What datasets from LIBSVM files share."""
+
+    normalise: bool = Field(True, description="inputs of Euclidean length 1")
+    validation: NonNegativeInt = Field(0, description="training samples held out from training")
+    test_share: float = Field(0.2, gt=0, lt=1, description="share of a single file that is held out for testing")
+
+
+class Libsvm(_Sparse):
+    """A file of LIBSVM on this machine, as dense rows; labels become classes 0, 1, … in ascending order."""
+
+    name: Literal["libsvm"] = "libsvm"
+    path: str = Field("data/train.libsvm", description="the file; may end in .gz or .bz2")
+    test_path: str | None = Field(None, description="a file of test samples; null = test_share of path")
+    task: Literal["classification", "regression"] = Field("classification", description="labels are classes or targets")
+    features: PositiveInt | None = Field(None, description="columns; null = the largest index in the files")
+
+    def build(self) -> Any:
+        from pathlib import Path
+
+        from .libsvm import load
+
+        files = [Path(path).expanduser() for path in (self.path, self.test_path) if path is not None]
+        regression, settings = self.task == "regression", self.model_dump(exclude={"name", "path", "test_path", "task"})
+        return load(self.name, files, regression=regression, **settings)
+
+
+class _PublishedSparse(_Sparse, Downloaded):
+    def build(self) -> Any:
+        from .libsvm import load
+
+        origin, settings = self.origin(), self.model_dump(exclude={"name"})
+        own: dict[str, Any] = {"source": origin.source, "licence": origin.licence}
+        own |= {"features": None, "regression": False}
+        return load(self.name, self.paths(), **own, **settings)
+
+
+class A9a(_PublishedSparse):
+    """32,561 + 16,281 people of the 1994 census, 123 binary features, 2 classes; downloaded unverified, 3.5 MB."""
+
+    ORIGIN = "A9A"
+    name: Literal["a9a"] = "a9a"
+
+
+class Covtype(_PublishedSparse):
+    """581,012 patches of forest, 54 features, 2 classes; a fifth for testing; downloaded unverified, 11 MB."""
+
+    ORIGIN = "COVTYPE"
+    name: Literal["covtype"] = "covtype"
+
+
 class ExternalDataset(External):
     """A function given as ``module:function``; called with ``options``, it returns a ``workloads.base.Data``."""
 
@@ -257,5 +308,8 @@ DATASETS = Registry(
     GaussianMixture,
     TeacherStudent,
     Mnist1dLike,
+    Libsvm,
+    A9a,
+    Covtype,
     external=ExternalDataset,
 )

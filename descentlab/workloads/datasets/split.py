@@ -31,11 +31,9 @@ def cut(name: str, parts: Sequence[tuple[Tensor, Tensor]], sizes: Sizes) -> tupl
         UserError: when more is asked for than there is.
     """
     (x, y), (x_test, y_test) = parts
-    left = len(x) - sizes.validation
+    left = held_out(name, len(x), sizes.validation)
     train = left if sizes.train is None else sizes.train
     test = len(x_test) if sizes.test is None else sizes.test
-    if left < 1:
-        raise UserError("dataset.validation", sizes.validation, f"fewer than the {len(x)} training samples of '{name}'")
     if train > left:
         raise UserError(
             "dataset.train", train, f"at most {left} of '{name}': {len(x)} less {sizes.validation} held out"
@@ -43,6 +41,13 @@ def cut(name: str, parts: Sequence[tuple[Tensor, Tensor]], sizes: Sizes) -> tupl
     if test > len(x_test):
         raise UserError("dataset.test", test, f"at most the {len(x_test)} test samples of '{name}'")
     return [x[:train], x[left:], x_test[:test]], [y[:train], y[left:], y_test[:test]]
+
+
+def held_out(name: str, n: int, validation: int) -> int:
+    """How many of ``n`` training samples are left to train on; UserError for none."""
+    if n - validation < 1:
+        raise UserError("dataset.validation", validation, f"fewer than the {n} training samples of '{name}'")
+    return n - validation
 
 
 def assemble(source: Source, x: Sequence[Tensor], y: Sequence[Tensor], classes: int) -> Data:

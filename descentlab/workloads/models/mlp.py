@@ -26,17 +26,18 @@ class MLP(nn.Module):
         activation: str | Sequence[str] = "silu",
         dropout: float = 0.0,
         batch_norm: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         names = [activation] * (len(widths) - 2) if isinstance(activation, str) else list(activation)
-        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(widths[0], widths[1])]
+        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(widths[0], widths[1], bias=bias)]
         for name, (a, b) in zip(names, itertools.pairwise(widths[1:]), strict=True):
             if batch_norm:
                 layers.append(nn.BatchNorm1d(a))
             layers.append(ACTIVATIONS[name]())
             if dropout:
                 layers.append(nn.Dropout(dropout))
-            layers.append(nn.Linear(a, b))
+            layers.append(nn.Linear(a, b, bias=bias))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,6 +51,7 @@ def factory(
     pool: int = 0,
     dropout: float = 0.0,
     batch_norm: bool = False,
+    bias: bool = True,
 ) -> ModelFactory:
     """Adaptive average pooling of images to ``pool`` x ``pool`` (0 = none), then the network."""
 
@@ -58,7 +60,7 @@ def factory(
         image = data.x_train.shape[1:]
         channels = image[0] if len(image) == 3 else 1
         inputs = channels * pool * pool if pool and len(image) == 3 else image.numel()
-        return MLP((inputs, *hidden, last), activation, dropout, batch_norm)
+        return MLP((inputs, *hidden, last), activation, dropout, batch_norm, bias)
 
     def stem(x: Tensor) -> Tensor:
         return (F.adaptive_avg_pool2d(x, pool) if x.dim() == 4 else x).flatten(1)

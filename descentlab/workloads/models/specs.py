@@ -27,11 +27,12 @@ class Linear(Option):
     """One linear map of the flattened input (softmax or linear regression); 7,850 parameters on mnist."""
 
     name: Literal["linear"] = "linear"
+    bias: bool = True
 
     def build(self) -> Any:
         from .mlp import factory
 
-        return factory(self.name, ())
+        return factory(self.name, (), bias=self.bias)
 
 
 class Mlp(Option):

@@ -20,7 +20,7 @@ def _timm(model: str) -> Any:
         raise UserError("model", model, f"the vision extra: pip install 'descentlab[vision]' ({error})") from None
 
 
-def factory(model: str, architecture: str, dropout: float, resize: int = 0) -> ModelFactory:
+def factory(model: str, architecture: str, dropout: float, resize: int = 0, pretrained: bool = False) -> ModelFactory:
     """``architecture`` with as many channels and classes as the dataset has; a name timm lacks is an error.
 
     ``resize``: side of the square the images are brought to first; 0 = as they are.
@@ -34,7 +34,9 @@ def factory(model: str, architecture: str, dropout: float, resize: int = 0) -> M
     def make(data: Data) -> nn.Module:
         channels, _, _ = images(model, data)
         try:
-            return timm.create_model(architecture, num_classes=data.classes, in_chans=channels, drop_rate=dropout)
+            return timm.create_model(
+                architecture, pretrained, num_classes=data.classes, in_chans=channels, drop_rate=dropout
+            )
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise misfit(model, data, str(error)) from None
 

@@ -12,17 +12,18 @@ RESIZE = "side of the square that images are resized to first (bilinear); 0 = as
 
 
 class Timm(Option):
-    """Any image classifier of timm by its name there, without pretrained weights; needs the vision extra."""
+    """Any image classifier of timm by its name there; needs the vision extra, and a download if pretrained."""
 
     name: Literal["timm"] = "timm"
     architecture: str = Field("resnet18", description="a name from timm.list_models()")
+    pretrained: bool = Field(False, description="timm's published weights but for the head; downloaded")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
     resize: NonNegativeInt = Field(0, description=RESIZE)
 
     def build(self) -> Any:
         from .timm_models import factory
 
-        return factory(self.name, self.architecture, self.dropout, self.resize)
+        return factory(self.name, self.architecture, self.dropout, self.resize, self.pretrained)
 
 
 class _Published(Option):

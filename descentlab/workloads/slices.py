@@ -1,0 +1,41 @@
+"""Datasets cut anew: each part made of slices of the published parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..core.slices import PARTS, Piece, overlap, pieces
+from .base import Data
+
+
+def sliced(data: Data, splits: Mapping[str, str]) -> Data:
+    """The data with ``splits[part]`` as its training, validation and test part; itself where nothing changes.
+
+    Raises:
+        UserError: for no training or test samples, and for training samples that are evaluated on.
+    """
+    if all(splits[part] == part for part in PARTS):
+        return data
+    sizes = dict(zip(PARTS, data.n, strict=True))
+    found = {part: pieces(splits[part], sizes) for part in PARTS}
+    for part in ("train", "test"):
+        if not any(piece.last > piece.first for piece in found[part]):
+            raise UserError(f"splits.{part}", splits[part], f"at least one of the samples of '{data.name}' ({sizes})")
+    for part in ("validation", "test"):
+        if overlap(found["train"], found[part]):
+            raise UserError(f"splits.{part}", splits[part], f"samples apart from splits.train = '{splits['train']}'")
+    parts: dict[str, Any] = {
+        f"{axis}_{part}": _joined(data, axis, found[part]) for part in PARTS for axis in ("x", "y")
+    }
+    return replace(data, **parts)
+
+
+def _joined(data: Data, axis: str, chosen: Sequence[Piece]) -> Tensor:
+    parts = [getattr(data, f"{axis}_{piece.part}")[piece.first : piece.last] for piece in chosen]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
