@@ -138,6 +138,7 @@ def test_a_grid_gives_the_table_of_a_local_run_and_runs_the_code_that_was_submit
     assert (again.returncode, "nothing left to run" in again.stderr) == (0, True)
 
 
+@pytest.mark.skipif("DESCENTLAB_SLURM_SLOW" not in os.environ, reason="several minutes: set DESCENTLAB_SLURM_SLOW=1")
 def test_preempted_timed_out_and_killed_jobs_end_equal(place: Place) -> None:
     """Job 0 is preempted twice, job 1 is warned of its time limit, job 2 is killed and then rerun.
 
