@@ -127,6 +127,7 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     mistakes = [
         (("table", "d", "--where", "stp = 3"), "--where = 'stp = 3': expected a condition in SQL"),
         (("table", "d", "--columns", "stp"), "did you mean 'step'"),
+        (("table", "d", "--out", "t.xyz"), "--out = 't.xyz': expected a name that ends in .csv or .parquet"),
         (("plot", "d", "--hue", "run", "--y", "lrr"), "--y = 'lrr'"),
         (("plot", "d", "--y", "run"), "--y = 'run': expected a column of numbers"),
         (("plot", "d", "--out", "a.xyz"), "--out = 'a.xyz': expected a file that can be written"),

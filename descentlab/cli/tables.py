@@ -22,6 +22,8 @@ def write(directory: Path, format_: str | None, out: Path | None, where: str | N
     """
     from .. import store
 
+    if format_ is None and out is not None and out.suffix not in (".csv", ".parquet"):
+        raise UserError("--out", str(out), "a name that ends in .csv or .parquet, or a --format")
     if format_ is None:
         format_ = "parquet" if out is not None and out.suffix == ".parquet" else "csv"
     if out is None and format_ == "parquet" and sys.stdout.isatty():
