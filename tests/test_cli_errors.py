@@ -137,7 +137,7 @@ def test_run_hands_over_what_was_asked(calls: list[tuple[Any, ...]]) -> None:
 def test_run_prints_notes_and_the_grid_as_it_would_be_typed(calls: list[tuple[Any, ...]]) -> None:
     shown = invoke("run", "recovery", "fault=RD", "seed=1,2", "--out", "x").stdout.splitlines()
     assert "seed = 1,2  (grid)" in shown
-    assert any(line.startswith("note: fault=RD drops what was set for 'N16_RD': value_") for line in shown)
+    assert any(line.startswith("note: fault=RD drops what the study sets for 'N16_RD': value_") for line in shown)
     typed = next(line for line in shown if line.startswith("optimizer = "))
     assert typed.endswith("(grid, default)")
     again = "optimizer=" + typed.removeprefix("optimizer = ").removesuffix("  (grid, default)")

@@ -224,6 +224,17 @@ def test_crossed_interaction_by_hand() -> None:
     assert found.loss == pytest.approx(expected)
 
 
+def test_crossed_without_two_conditions_says_so() -> None:
+    """Silence where a verdict is expected would read as a finding."""
+    results = crossed_results(replicates=2, diverge=False)
+    one = pl.col("fault").eq("none") & pl.col("timeline").eq("barrier") & pl.col("compressor").eq("none")
+    results.frame = results.frame.filter(one)
+    kept = set(results.frame["run"])
+    results.runs = [run for run in results.runs if run["id"] in kept]
+    results.status = [entry for entry in results.status if entry["run"] in kept]
+    assert [v.text for v in crossed.build(results).verdicts] == ["no interaction to test: no condition was varied"]
+
+
 def test_crossed_keeps_failed_runs_and_leaves_out_unfinished_ones() -> None:
     results = crossed_results(replicates=3, diverge=True)
     results.status = [s for s in results.status if s["run"] != "c0-0"]

@@ -270,7 +270,14 @@ class Draft:
                 if lost:
                     what = ", ".join(f"{k} = {inline(v)}" for k, v in lost.items())
                     new = ",".join(_brief(v) for v in op.values)
-                    self.notes.append(f"{op.key}={new} drops what was set for '{old['name']}': {what}")
+                    whose = "the study sets" if self._by_default(op.path, lost) else "was set"
+                    self.notes.append(f"{op.key}={new} drops what {whose} for '{old['name']}': {what}")
+
+    def _by_default(self, path: Path, lost: Mapping[str, Any]) -> bool:
+        """Whether these settings are the study's own, not a file's or the user's."""
+        field = schema.walk(self.spec, self._examples(path)[0], path)[-1].field
+        block = schema.default_block(field) if field else {}
+        return all(k in block and block[k] == v for k, v in lost.items())
 
     def _lost(self, path: Path, old: dict[str, Any], said: set[str]) -> dict[str, Any]:
         """Settings of a replaced block that were not its option's defaults and no new block holds."""

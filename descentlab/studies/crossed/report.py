@@ -174,6 +174,14 @@ def _verdict(interaction: Interaction, result: ContrastResult) -> Verdict:
     return Verdict(f"{interaction.condition}: {text}", verdict_detail(result))
 
 
+def _nothing_crossed(data: Factorial) -> Verdict:
+    """Said where the settings vary fewer than two conditions together, so that no interaction exists."""
+    columns = zip(*(key[1:] for key in data.keys), strict=True)
+    varied = [word for word, levels in zip(WORDS.values(), columns, strict=True) if len(set(levels)) > 1]
+    what = f"only {' and '.join(varied)} varied" if varied else "no condition was varied"
+    return Verdict(f"no interaction to test: {what}", "vary at least two of fault, timeline and compressor")
+
+
 def failure_table(data: Factorial) -> TableBlock:
     """Every failed run with its cell."""
     where = {run: (key, replicate) for (key, replicate), run in data.runs.items()}
@@ -196,13 +204,13 @@ def _sections(
     found: list[Interaction],
     tested: list[ContrastResult],
 ) -> list[Section]:
-    n = max((result.estimate.n for result in tested), default=0)
+    n = max((result.estimate.n for result in tested), default=max(len(data.replicates(key)) for key in data.keys))
     method = tested[0].estimate.method if tested else "no planned contrast can be formed"
     picture = FigureBlock(
         "crossed",
         figure(data, summary, found, tested),
         "(a) Mean final test loss of every cell, named by what is not ideal in it; (b) planned interactions; n = "
-        f"{n} replicates, {method}, not corrected for several contrasts.",
+        f"{n} replicate{'s' * (n != 1)}, {method}{', not corrected for several contrasts' if tested else ''}.",
         "Test loss of every cell and interactions between conditions, with intervals",
     )
     return [
@@ -255,7 +263,7 @@ def build(results: ResultsLike, classes: int | None = None) -> Report:
     return Report(
         title="Faults, staleness and compression combined",
         question=STUDY.question,
-        verdicts=[_verdict(i, r) for i, r in zip(found, tested, strict=True)],
+        verdicts=[_verdict(i, r) for i, r in zip(found, tested, strict=True)] or [_nothing_crossed(data)],
         sections=_sections(results, data, summary, found, tested),
         summary=summary,
         failures=failure_table(data),
