@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -207,6 +207,14 @@ class Alarm:
     act: bool = True
 
 
+class Inverse(Protocol):
+    """Undoes updates of an optimizer; an arm that rewinds may have one as ``inverse`` instead of kept States."""
+
+    def undo(self, state: State, grads: Tree, lr: Tensor) -> None:
+        """Weights, slots and step counters before the update with ``grads`` at rates ``lr`` ``[M]``, in place."""
+        ...
+
+
 class Arm(Protocol):
     """A recovery arm. It remembers what it needs of every member ``[M]`` in ``state.shared["arm"]``.
 
@@ -240,7 +248,7 @@ class Measured:
     """What an observable may look at after one update; fields it did not ask for in ``needs`` may be None.
 
     ``evaluate(x, y)``: mean loss and accuracy ``[M]`` in evaluation mode, on the test set where not given. ``test``:
-    that set, inputs and targets.
+    that set, inputs and targets. ``late``: what the engine says of the contributions' staleness, ``[M]`` each.
     """
 
     state: State
@@ -251,6 +259,7 @@ class Measured:
     before: Tree | None
     evaluate: Callable[..., tuple[Tensor, Tensor]] | None
     test: tuple[Tensor, Tensor] | None = None
+    late: Tree = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -278,11 +287,52 @@ class Mean:
     @property
     def bytes_per_worker(self) -> int:
         """Payload one worker sends for one member."""
-        members, workers = self.tensor.shape[:2]
-        return self.tensor.numel() // (members * workers) * self.tensor.element_size()
+        return _payload(self.tensor)
 
 
-Exchange = Generator[Mean, Tensor, tuple[Tree, Tree, Tree]]
+@dataclass(frozen=True)
+class Means:
+    """Several :class:`Mean` in one message, of one dtype; the answer is a tuple of ``[M, …]``."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def bytes_per_worker(self) -> int:
+        """Payload one worker sends for one member."""
+        return sum(map(_payload, self.tensors))
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A collective: every participating worker's part of ``tensor`` ``[M, K, …]`` to all; the answer is ``[M, W, …]``
+    with all W of them, in the order of the workers."""
+
+    tensor: Tensor
+
+    @property
+    def bytes_per_worker(self) -> int:
+        """Payload one worker sends for one member."""
+        return _payload(self.tensor)
+
+
+def _payload(tensor: Tensor) -> int:
+    members, workers = tensor.shape[:2]
+    return tensor.numel() // (members * workers) * tensor.element_size()
+
+
+Collective = Mean | Means | Gather
+Exchange = Generator[Any, Any, tuple[Tree, Tree, Tree]]  # yields collectives
+
+
+class Link(Protocol):
+    """How long what the workers send to each other takes."""
+
+    def seconds(self, request: Collective, workers: int, step: int) -> float:
+        """Seconds of one collective of ``workers`` workers during update ``step``."""
+        ...
+
+
+Ranks = int | Mapping[str, int]  # one for all matrices, or name -> rank
 
 
 class Compressor(Protocol):
@@ -300,7 +350,9 @@ class Compressor(Protocol):
         """Yields collectives; returns (averaged gradient ``[M, …]``, new memory ``[M, K, …]``, new shared)."""
         ...
 
-    def resize(self, shared: Tree, rank: int, streams: Streams) -> Tree: ...
+    def resize(self, shared: Tree, rank: Ranks, streams: Streams) -> Tree:
+        """The shared memory at another rank; a compressor that knows ranks of matrices takes name -> rank as well."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -333,15 +385,21 @@ class Delay(Protocol):
 @dataclass(frozen=True)
 class Lateness:
     """How late a contribution is: ``versions`` int64 ``[M]``, updates since the weights ``read`` ``[M, …]`` by the
-    worker; ``now``: the server's weights before this update."""
+    worker; ``now``: the server's weights before this update; ``memory`` ``[M, …]``: what a rule with ``start`` keeps
+    from one contribution to the next, the one thing it may change."""
 
     versions: Tensor
     read: Tree
     now: Tree
+    memory: Tree = field(default_factory=dict)
 
 
 class StalenessRule(Protocol):
-    """What the server makes of one worker's gradient that may be late, before anything is compressed or averaged."""
+    """What the server makes of one worker's gradient that may be late, before anything is compressed or averaged.
+
+    A rule that has to remember something has a method ``start(params) -> Tree`` too: its memory at the start, every
+    tensor with the member axis first, given back as ``late.memory``.
+    """
 
     def adjust(self, grads: Tree, late: Lateness) -> Tree:
         """Another tree ``[M, …]`` with the names of ``grads``; nothing that is given may be changed."""
@@ -350,10 +408,11 @@ class StalenessRule(Protocol):
 
 @dataclass(frozen=True)
 class RankMoment:
-    """When a rank is asked for: before update ``step`` (0-based) of ``epoch`` (0-based)."""
+    """When a rank is asked for: before update ``step`` of ``epoch`` (both from 0), made at learning rate ``lr``."""
 
     step: int
     epoch: int
+    lr: float = 0.0
 
 
 class RankPolicy(Protocol):
@@ -363,6 +422,35 @@ class RankPolicy(Protocol):
     """
 
     def rank(self, moment: RankMoment) -> int: ...
+
+
+@dataclass(frozen=True)
+class RankCosts:
+    """What a policy may know of an update at some ranks: seconds of computation, and of sending what the ranks make
+    the workers send (over the link as it is at that step); bytes that a rank adds for one matrix."""
+
+    compute_s: float
+    send_s: Callable[[Ranks, int], float]  # (ranks, step)
+    shapes: Mapping[str, tuple[int, int]]  # matrices, name -> (n, m)
+    element_size: int = 4
+
+
+@runtime_checkable
+class AdaptiveRankPolicy(Protocol):
+    """A policy that decides from what it has seen. Its memory is tensors ``[1, …]`` in ``state.shared["policy"]``, so a
+    resumed run takes the same ranks; a block has one member, for each has ranks of its own."""
+
+    def start(self, params: Tree) -> Tree:
+        """Its memory at the start."""
+        ...
+
+    def decide(self, memory: Tree, moment: RankMoment, costs: RankCosts) -> Ranks:
+        """The ranks of the coming update; may change ``memory``."""
+        ...
+
+    def observe(self, memory: Tree, moment: RankMoment, grads: Tree, shared: Tree) -> None:
+        """What the update sent: averaged gradients ``[1, …]`` and the compressor's shared memory after it."""
+        ...
 
 
 class ModuleMaker(Protocol):

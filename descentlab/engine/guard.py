@@ -8,15 +8,16 @@ the same company and only this member's part is kept: what comes out equals an u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..core.protocols import Alarm, Arm
+from ..core.protocols import Alarm, Arm, Inverse
 from ..core.state import State
-from ..core.tree import Tree, leaves, restore
+from ..core.tree import Tree, clone, leaves, put, restore, take
 from .recorder import Recorder
 from .work import MemberWork
 
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Kept:
-    """All members as they were before the update ``step``."""
+    """All members as they were before the update ``step``; or, for an arm that inverts updates, what has no inverse of
+    that state (no weights, slots and buffers) and the ``applied`` gradients and rates of the update."""
 
     step: int
     slots: tuple[Slot, ...]
     state: State
+    applied: Tree = field(default_factory=dict)
 
     def row(self, slot: Slot) -> int:
         """The member that ``slot`` was then (a fork may have come between)."""
@@ -45,6 +48,8 @@ class Guard:
         self.arm, self.replaying = arm, replaying
         self.ring: list[Kept] = []
         self.alarms: list[Alarm] = []
+        self.inverse: Inverse | None = getattr(arm, "inverse", None)
+        self.again: Tree = {}  # applied in a repeated step
 
     def keep(self, engine: Engine) -> None:
         """Called before an update: a copy of the state into the oldest place of the ring."""
@@ -52,16 +57,22 @@ class Guard:
         if self.replaying or not self.arm.keeps:
             return
         oldest = self.ring.pop(0) if len(self.ring) == self.arm.keeps else None
-        if oldest is not None and same_shapes(oldest.state, engine.state):
+        if self.inverse is not None:
+            self.ring.append(Kept(engine.step, engine.slots, without_inverse(engine.state).clone()))
+        elif oldest is not None and same_shapes(oldest.state, engine.state):
             copy_into(oldest.state, engine.state)
             self.ring.append(Kept(engine.step, engine.slots, oldest.state))
         else:
             self.ring.append(Kept(engine.step, engine.slots, engine.state.clone()))
 
-    def edit(self, grads: Tree) -> Tree:
-        """The gradients to apply."""
+    def edit(self, grads: Tree, lr: Tensor) -> Tree:
+        """The gradients to apply at the rates ``lr`` ``[M]``."""
         grads, alarms = self.arm.edit(grads)
         self.alarms += alarms
+        if self.inverse is not None and not self.replaying:
+            self.ring[-1].applied = clone({"grads": grads, "lr": lr})
+        elif self.inverse is not None:
+            self.again = {"grads": grads, "lr": lr}
         return grads
 
     def check(self, engine: Engine) -> None:
@@ -107,13 +118,20 @@ class Guard:
     def _run_again(self, engine: Engine, member: int, attempt: int) -> bool:
         """The kept steps once more for one member; True if it is in alarm again and is to be taken back again."""
         slot, recorder, part, again = engine.slots[member], Recorder(engine.recorder.now()), None, False
+        alone = isinstance(engine.parts.many, MemberWork) or self.inverse is not None
+        first = self._inverted(engine, member) if self.inverse is not None else None
         for kept in self.ring:
             row = kept.row(slot)
-            company = [row] if isinstance(engine.parts.many, MemberWork) else list(range(len(kept.slots)))
+            company = [row] if alone else list(range(len(kept.slots)))
             at = company.index(row)
             if part is not None and kept.slots[row] == slot:
                 restore(kept.state.state_dict(), row, part.state_dict(), 0)
-            state = kept.state.take(company)
+            if first is None:
+                state = kept.state.take(company)
+            elif part is None:
+                state = first
+            else:
+                state = part.clone()
             if part is not None:
                 restore(state.state_dict(), at, part.state_dict(), 0)
             state.clock["attempt"][at] = attempt
@@ -122,6 +140,8 @@ class Guard:
             other.guard = Guard(self.arm, replaying=True)
             other.guard.ring = self.ring
             other.update()
+            if self.inverse is not None:
+                put(kept.applied, [row], other.guard.again)
             part = state.take([at])
             part.clock["attempt"][0] = 0
             again = any(alarm.member == at and alarm.act for alarm in other.guard.alarms)
@@ -130,14 +150,36 @@ class Guard:
         engine.recorder.absorb(recorder, [run.id for run in slot.runs])
         return again
 
+    def _inverted(self, engine: Engine, member: int) -> State:
+        """One member before the oldest kept update, from where it stands now."""
+        assert self.inverse is not None
+        slot, state = engine.slots[member], engine.state.take([member])
+        for kept in reversed(self.ring):
+            row = kept.row(slot)
+            applied = take(kept.applied, [row])
+            self.inverse.undo(state, applied["grads"], applied["lr"])
+            old = kept.state.take([row])
+            state = State({**state.server, **old.server}, {**state.worker, **old.worker}, old.shared, old.clock)
+        return state
+
     def state_dict(self) -> Tree:
         """What a checkpoint has to hold so that a resumed block rewinds to where an undisturbed one would."""
-        return {str(kept.step): kept.state.state_dict() for kept in self.ring}
+        return {str(kept.step): {**kept.state.state_dict(), "applied": kept.applied} for kept in self.ring}
 
     def load(self, held: Tree, plan: BlockPlan) -> None:
         """Inverse of :meth:`state_dict`."""
         steps = sorted(int(step) for step in held)
-        self.ring = [Kept(step, plan.slots(step), State.from_state_dict(held[str(step)])) for step in steps]
+        trees = [held[str(step)] for step in steps]
+        self.ring = [
+            Kept(step, plan.slots(step), State.from_state_dict(tree), tree.get("applied", {}))
+            for step, tree in zip(steps, trees, strict=True)
+        ]
+
+
+def without_inverse(state: State) -> State:
+    """What inverting an update cannot bring back: data position, error feedback, the arm's memory, clock, counter."""
+    worker = {k: v for k, v in state.worker.items() if k != "buffers"}
+    return State({"opt_step": state.opt_step}, worker, state.shared, state.clock)
 
 
 def same_shapes(a: State, b: State) -> bool:

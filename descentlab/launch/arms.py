@@ -15,8 +15,9 @@ from ..optim.eager import step
 from ..optim.specs import OPTIMIZERS
 from ..optim.stacked import StackedOptimizer
 from ..optim.switched import Switched
-from ..perturb.arm_specs import Switch, Watching
+from ..perturb.arm_specs import Reexecute, Switch, Watching
 from ..perturb.arms import FIRST_MOMENTS
+from ..perturb.inversion import AdamInverse, inverse_of
 
 METHODS = ("start", "edit", "check", "act")
 
@@ -34,7 +35,17 @@ def arm_of(cell: Any) -> Arm | None:
         missing = [name for name in (*METHODS, "name", "keeps", "rewinds") if not hasattr(arm, name)]
         if missing:
             raise UserError("arm", spec.name, f"a recovery arm: {', '.join(missing)} missing")
+    if isinstance(spec, Reexecute) and spec.keep == "gradients":
+        arm.inverse = _inverse(cell)
     return arm
+
+
+def _inverse(cell: Any) -> AdamInverse:
+    timeline = getattr(getattr(cell, "timeline", None), "name", "barrier")
+    found = inverse_of(cell.optimizer) if timeline == "barrier" else f"timeline barrier, not {timeline}"
+    if isinstance(found, str):
+        raise UserError("arm.keep", "gradients", found)
+    return found
 
 
 def with_switch(cell: Any, optimizer: Any) -> Apply:

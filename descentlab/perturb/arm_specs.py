@@ -56,10 +56,13 @@ class BoundCheck(Watching):
 
 
 class Reexecute(Watching):
-    """Beyond a bound the last steps are undone from kept states and executed again."""
+    """Beyond a bound the last steps are undone and executed again."""
 
     name: Literal["reexecute"] = "reexecute"
     steps: PositiveInt = Field(2, description="steps to go back")
+    keep: Literal["states", "gradients"] = Field(
+        "states", description="gradients: undone by inverting Adam, as published; buffers are not taken back"
+    )
 
     def action(self) -> Any:
         from .arms import Action

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.member_stats import member_nonfinite, member_norm
-from ..core.protocols import Alarm
+from ..core.protocols import Alarm, Inverse
 from ..core.state import State
 from ..core.tree import Tree, leaves, restore, tree_map
 from .arm_specs import Watching
@@ -269,6 +269,7 @@ class GuardedArm:
     def __init__(self, name: str, detector: Detector, action: Action, max_attempts: int | None) -> None:
         self.name, self.detector, self.action = name, detector, action
         self.keeps, self.rewinds = action.keeps, action.rewinds
+        self.inverse: Inverse | None = None  # takes the place of kept states
         self.max_attempts = 2**62 if max_attempts is None else max_attempts
 
     def start(self, members: int) -> Tree:
