@@ -18,6 +18,7 @@ from torch import Tensor
 from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
 from descentlab.core.state import State
+from descentlab.launch.stepped import one_by_one
 from descentlab.optim.member_check import linear_in_lr, mixes_members
 from descentlab.optim.specs import OPTIMIZERS
 from descentlab.optim.stacked import Rule, StackedOptimizer
@@ -113,6 +114,13 @@ def test_a_class_that_mixes_members_is_detected_and_still_right(cls: type) -> No
     assert mixes_members(Rule(cls, settings))
     assert largest_difference(cls, settings, [0.01] * M) <= 1e-12
     assert largest_difference(cls, settings, [0.01, 0.02, 0.03, 0.04]) <= 1e-12
+
+
+def test_who_is_stepped_one_by_one_is_said() -> None:
+    """A study with such an optimizer is slower for a reason its user cannot see otherwise."""
+    cells = resolve("recovery", ["optimizer=sgd,torch.optim:Adafactor,torch.optim:RAdam", "optimizer.lr=1e-3"]).cells
+    (line,) = one_by_one(cells)
+    assert "torch.optim:Adafactor mixes the members" in line
 
 
 def test_stacking_a_mixing_class_would_be_wrong() -> None:
