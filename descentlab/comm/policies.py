@@ -12,11 +12,15 @@ from ..core.protocols import RankMoment
 @final
 @dataclass(frozen=True)
 class RankSchedule:
-    """``ranks[i]`` from update ``steps[i - 1]`` on (``ranks[0]`` from the start); ``steps`` ascend."""
+    """``ranks[i]`` from update ``steps[i - 1]`` on (``ranks[0]`` from the start); ``steps`` ascend.
+
+    ``by_epoch``: ``steps`` count epochs.
+    """
 
     ranks: tuple[int, ...]
     steps: tuple[int, ...]
+    by_epoch: bool = False
 
     def rank(self, moment: RankMoment) -> int:
         """See :class:`~descentlab.core.protocols.RankPolicy`."""
-        return self.ranks[bisect_right(self.steps, moment.step)]
+        return self.ranks[bisect_right(self.steps, moment.epoch if self.by_epoch else moment.step)]
