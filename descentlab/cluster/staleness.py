@@ -1,21 +1,9 @@
-"""Staleness rules: what the server makes of a gradient that was taken at older weights."""
+"""Staleness rules: what the server makes of a gradient that was taken at older weights. One file per paper."""
 
 from __future__ import annotations
 
-from typing import final
+from .barkai2020_gap_aware import GapAware
+from .zhang2016_staleness import InverseStaleness
+from .zheng2017_dcasgd import AdaptiveCompensation, ConstantCompensation
 
-from ..core.protocols import Lateness
-from ..core.tree import Tree, tree_map
-
-
-@final
-class InverseStaleness:
-    """g / max(1, tau), tau the number of updates since the weights were read: the learning rate over tau of
-    Zhang, Gupta, Lian, Liu (arXiv 1511.05950, equation 6 with the staleness of each gradient)."""
-
-    def adjust(self, grads: Tree, late: Lateness) -> Tree:
-        """See :class:`~descentlab.core.protocols.StalenessRule`."""
-        tau = late.versions.clamp(min=1)
-        if bool((tau == 1).all()):
-            return grads
-        return tree_map(lambda g: g / tau.to(g).view(-1, *[1] * (g.dim() - 1)), grads)
+__all__ = ["AdaptiveCompensation", "ConstantCompensation", "GapAware", "InverseStaleness"]

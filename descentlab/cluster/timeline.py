@@ -17,28 +17,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.protocols import Delay, Planned, Tick
 from ..core.streams import Streams
-
-
-@final
-@dataclass(frozen=True)
-class GaussianDelay:
-    """max(0, N(mean_s, std_s^2)), a fresh draw per worker and gradient; ``std_s`` = 0 is constant and draws nothing.
-
-    Worker 0 has ``slow_factor`` times the mean and the deviation of the others.
-    """
-
-    mean_s: float = 0.0
-    std_s: float = 0.0
-    slow_factor: float = 1.0
-
-    def seconds(self, workers: int, steps: int, streams: Streams, replicate: int) -> np.ndarray:
-        """See :class:`~descentlab.core.protocols.Delay`; worker w's draws do not depend on how many there are."""
-        factor = np.where(np.arange(workers) == 0, self.slow_factor, 1.0)
-        if self.std_s == 0.0:
-            return np.full((steps, workers), self.mean_s) * factor
-        step, worker = np.meshgrid(np.arange(steps), np.arange(workers), indexing="ij")
-        z = streams.normal("delay", 1, replicate=replicate, worker=worker, step=step)[..., 0]
-        return np.maximum(0.0, factor * (self.mean_s + self.std_s * z))
+from .delays import GaussianDelay
 
 
 def _round_ends(delay: Delay, workers: int, steps: int, streams: Streams, replicate: int) -> list[float]:

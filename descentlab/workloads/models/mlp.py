@@ -20,6 +20,8 @@ class MLP(nn.Module):
     After each hidden linear layer: BatchNorm if asked for, the activation (one name for all, or one for each), dropout.
     """
 
+    plain = True  # forward is the only child and nothing else; see observe.layered
+
     def __init__(
         self,
         widths: tuple[int, ...],

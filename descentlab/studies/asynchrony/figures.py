@@ -1,0 +1,250 @@
+"""Figures of the asynchrony study: functions from frames and outcomes to matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from ...report.figures import COLOURS, DOUBLE, GREY, SINGLE, Dot, Look, draw_intervals, looks, new_figure, panel_title
+from ...report.figures import styled
+from .outcomes import Cell, Outcomes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+XS = {"step": "server update", "virtual_s": "virtual time (s)", "bytes_sent": "sent to the server (MB)"}
+SCALE = {"bytes_sent": 1e-6}
+YS = {"test_accuracy": "test accuracy (%)", "test_loss": "test loss (nats)"}
+
+
+def _median(frame: pl.DataFrame, cell: int, x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(x, median, quartiles) over replicates at each evaluated step; values that are not finite count as the worst."""
+    worst = -np.inf if "accuracy" in y else np.inf
+    value = pl.when(pl.col(y).is_finite()).then(pl.col(y)).otherwise(worst)
+    part = (
+        frame.filter(pl.col("cell") == cell, pl.col(y).is_not_null())
+        .group_by("step")
+        .agg(
+            pl.col(x).mean().alias("at"),
+            value.median().alias("middle"),
+            value.quantile(0.25).alias("low"),
+            value.quantile(0.75).alias("high"),
+        )
+        .sort("step")
+    )
+    at, *rest = (part[name].to_numpy() for name in ("at", "middle", "low", "high"))
+    middle, low, high = (np.where(np.isfinite(v), v, np.nan) for v in rest)
+    return at, middle, low, high
+
+
+def curves(frame: pl.DataFrame, cells: Sequence[Cell], look: Mapping[str, Look]) -> Figure:
+    """Accuracy and loss against updates, virtual time and bytes: medians over replicates."""
+    with styled():
+        picture = new_figure(DOUBLE, 4.2)
+        axes = picture.subplots(len(YS), len(XS))
+        for i, (y, y_text) in enumerate(YS.items()):
+            for j, (x, x_text) in enumerate(XS.items()):
+                ax, factor = axes[i, j], 100.0 if "accuracy" in y else 1.0
+                for cell in cells:
+                    at, middle, low, high = _median(frame, cell.index, x, y)
+                    if x == "bytes_sent" and not at.any():
+                        continue  # the baseline sends nothing
+                    style, at = look[cell.name], at * SCALE.get(x, 1.0)
+                    ax.plot(at, factor * middle, color=style.colour, linestyle=style.line, label=cell.name)
+                    ax.fill_between(at, factor * low, factor * high, color=style.colour, alpha=0.12, linewidth=0)
+                ax.set_xlabel(x_text)
+                if j == 0:
+                    ax.set_ylabel(y_text)
+                panel_title(ax, i * len(XS) + j, "")
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        picture.legend(handles, names, loc="outside lower center", ncols=3)
+    return picture
+
+
+def validation(frame: pl.DataFrame, cells: Sequence[Cell]) -> Figure:
+    """Loss on the training, validation and test set, with a mark where the validation loss is least."""
+    columns = {"train_set_loss": ("training", 0), "validation_loss": ("validation", 1), "test_loss": ("test", 2)}
+    shown = {column: of for column, of in columns.items() if column in frame.columns}
+    down = -(-len(cells) // 4)
+    with styled():
+        picture = new_figure(DOUBLE, 0.5 + 1.45 * down)
+        axes = picture.subplots(down, min(4, len(cells)), squeeze=False, sharex=True).ravel()
+        for ax in axes[len(cells) :]:
+            ax.set_visible(False)
+        for i, (ax, cell) in enumerate(zip(axes, cells, strict=False)):
+            for column, (label, c) in shown.items():
+                at, middle, _, _ = _median(frame, cell.index, "step", column)
+                ax.plot(at, middle, color=COLOURS[c], label=label, linewidth=1.1)
+                if column == "validation_loss" and np.isfinite(middle).any():
+                    best = int(np.nanargmin(middle))
+                    ax.plot(at[best], middle[best], marker="v", color="black", markersize=5, linestyle="none")
+                    ax.axvline(at[best], color=GREY, linewidth=0.6, linestyle=":")
+            panel_title(ax, i, cell.name)
+            ax.set_xlabel("server update")
+        axes[0].set_ylabel("loss (nats)")
+        handles, names = axes[0].get_legend_handles_labels()
+        picture.legend(handles, names, loc="outside lower center", ncols=3)
+    return picture
+
+
+def staleness(frame: pl.DataFrame, cells: Sequence[Cell], expected: Mapping[str, float]) -> Figure:
+    """How many updates old the contributions were, as shares of all updates; a line where theory has the mean."""
+    down = -(-len(cells) // 3)
+    with styled():
+        picture = new_figure(DOUBLE, 0.3 + 1.5 * down)
+        axes = picture.subplots(down, min(3, len(cells)), squeeze=False).ravel()
+        for ax in axes[len(cells) :]:
+            ax.set_visible(False)
+        for i, (ax, cell) in enumerate(zip(axes, cells, strict=False)):
+            seen = frame.filter(pl.col("cell") == cell.index)["staleness"].drop_nulls().to_numpy()
+            if not len(seen):
+                continue
+            top = max(1, int(np.quantile(seen, 0.995)))
+            width = max(1, -(-top // 30))
+            edges = np.arange(0, top + 2 * width, width) - 0.5
+            clipped = np.minimum(seen, edges[-1] - 0.5)
+            share = np.histogram(clipped, edges)[0] / len(seen)
+            ax.bar(edges[:-1] + width / 2, 100 * share, width=0.9 * width, color=COLOURS[0], linewidth=0)
+            ax.axvline(seen.mean(), color="black", linewidth=0.9, label=f"mean {seen.mean():.2f}")
+            if cell.name in expected:
+                theory = expected[cell.name]
+                ax.axvline(theory, color=COLOURS[1], linewidth=0.9, linestyle="--", label=f"expected {theory:.2f}")
+            if seen.max() > top:
+                ax.text(0.98, 0.5, f"largest {seen.max():g}", transform=ax.transAxes, ha="right", fontsize=7)
+            ax.legend(loc="upper right")
+            ax.set_xlabel("staleness (versions)")
+            panel_title(ax, i, cell.name)
+        axes[0].set_ylabel("share of updates (%)")
+    return picture
+
+
+def timelines(tables: Mapping[str, tuple[int, Sequence[tuple[float, tuple[int, ...], float]]]]) -> Figure:
+    """Who contributed when: for each cell one line per worker, a mark per update; ``tables``: name -> workers, ticks."""
+    with styled():
+        picture = new_figure(DOUBLE, 0.35 + sum(0.42 + 0.11 * w for w, _ in tables.values()))
+        axes = picture.subplots(
+            len(tables), 1, squeeze=False, sharex=True, height_ratios=[2 + w for w, _ in tables.values()]
+        ).ravel()
+        end = min(ticks[-1][0] for _, ticks in tables.values() if ticks)
+        for i, (ax, (name, (workers, ticks))) in enumerate(zip(axes, tables.items(), strict=True)):
+            last = [0.0] * workers
+            for time_s, chosen, _ in ticks:
+                for w in chosen:
+                    ax.plot([last[w], time_s], [w, w], color=COLOURS[w % len(COLOURS)], linewidth=2.2, alpha=0.35)
+                    ax.plot(time_s, w, marker="|", color=COLOURS[w % len(COLOURS)], markersize=6)
+                    last[w] = time_s
+            ax.set_xlim(0, end)
+            ax.set_ylim(workers - 0.5, -0.5)
+            ax.set_yticks(range(workers))
+            ax.set_ylabel("worker")
+            panel_title(ax, i, name)
+        axes[-1].set_xlabel("virtual time (s)")
+    return picture
+
+
+def class_counts(tables: Mapping[str, Sequence[Sequence[int]]]) -> Figure:
+    """Samples of each class that each worker has, one panel per partition."""
+    from matplotlib import colormaps
+
+    with styled():
+        picture = new_figure(DOUBLE, 2.1)
+        axes = picture.subplots(1, len(tables), squeeze=False, sharey=True).ravel()
+        for i, (ax, (name, table)) in enumerate(zip(axes, tables.items(), strict=True)):
+            counts = np.array(table)
+            bottom = np.zeros(len(counts))
+            for label in range(counts.shape[1]):
+                colour = colormaps["tab20"](label % 20)
+                ax.bar(np.arange(len(counts)), counts[:, label], 0.8, bottom, color=colour, label=str(label))
+                bottom += counts[:, label]
+            ax.set_xticks(range(len(counts)))
+            ax.set_xlabel("worker")
+            panel_title(ax, i, name)
+        axes[0].set_ylabel("training samples")
+        handles, names = axes[0].get_legend_handles_labels()
+        if len(names) <= 20:
+            picture.legend(handles, names, loc="outside right center", title="class")
+    return picture
+
+
+def gaps(found: Outcomes) -> Figure:
+    """Test minus training loss against momentum, one line per way of not waiting, one panel per partition."""
+    cells = [cell for cell in found.cells if found.ended(cell)]
+    panels = list(dict.fromkeys(cell.factors["partition"] for cell in cells if not cell.alone))
+    panels = panels or list(dict.fromkeys(cell.factors["partition"] for cell in cells))
+    kinds = list(dict.fromkeys(_kind(cell) for cell in cells))
+    look = looks(kinds)
+    with styled():
+        picture = new_figure(SINGLE if len(panels) == 1 else DOUBLE, 2.5)
+        axes = picture.subplots(1, len(panels), squeeze=False, sharey=True).ravel()
+        for i, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
+            for k, kind in enumerate(kinds):
+                _gap_line(ax, found, [c for c in cells if _kind(c) == kind and _stands(c, panel)], look[kind], kind, k)
+            ax.set_xlabel("momentum")
+            ax.axhline(0, color=GREY, linewidth=0.6)
+            panel_title(ax, i, panel)
+        axes[0].set_ylabel("test \u2212 training loss (nats)")
+        handles: dict[str, object] = {}
+        for ax in axes:
+            handles.update(dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True)))
+        picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+    return picture
+
+
+def _kind(cell: Cell) -> str:
+    if cell.alone:
+        return "single process"
+    if cell.settings["timeline"]["name"] == "barrier":
+        return cell.factors["timeline"].split(",")[0]
+    rule = cell.factors["staleness_rule"]
+    return ", ".join([cell.factors["timeline"].split(",")[0], cell.factors["delay"], *([rule] if rule != "none" else [])])
+
+
+def _stands(cell: Cell, panel: str) -> bool:
+    return cell.alone or cell.factors["partition"] == panel
+
+
+def _gap_line(ax: Axes, found: Outcomes, cells: Sequence[Cell], style: Look, label: str, k: int) -> None:
+    """Points with the range over replicates, joined where there are several momenta."""
+    points = []
+    for cell in cells:
+        values = found.gap(cell, found.ended(cell))
+        momentum = float(cell.settings["optimizer"].get("momentum", 0.0) or cell.settings["worker_momentum"])
+        points.append((momentum, float(np.median(values)), values))
+    points.sort(key=lambda p: p[0])
+    for momentum, _, values in points:
+        x = momentum + 0.012 * (k - 1.5)
+        ax.plot([x, x], [np.quantile(values, 0.25), np.quantile(values, 0.75)], color=style.colour, linewidth=1)
+    x = [p[0] + 0.012 * (k - 1.5) for p in points]
+    ax.plot(x, [p[1] for p in points], color=style.colour, linestyle=style.line, marker=style.marker, label=label, ms=4)
+
+
+def contrasts(dots: Sequence[Dot], xlabel: str) -> Figure:
+    """Planned differences with their intervals."""
+    with styled():
+        picture = new_figure(DOUBLE, 0.7 + 0.2 * len(dots))
+        ax = picture.add_subplot()
+        draw_intervals(ax, dots, looks(list(dict.fromkeys(dot.group for dot in dots))))
+        ax.set_yticks(range(len(dots)), [dot.label for dot in dots])
+        ax.set_ylim(len(dots) - 0.5, -0.5)
+        ax.axvline(0, color=GREY, linewidth=0.6)
+        ax.set_xlabel(xlabel)
+    return picture
+
+
+def scaling(names: Sequence[str], rates: Sequence[float], efficiency: Sequence[float | None]) -> Figure:
+    """Samples per virtual second, with the efficiency against as many single processes written beside."""
+    with styled():
+        picture = new_figure(DOUBLE, 0.6 + 0.2 * len(names))
+        ax = picture.add_subplot()
+        ax.barh(range(len(names)), rates, color=COLOURS[0], height=0.65, linewidth=0)
+        for i, (rate, share) in enumerate(zip(rates, efficiency, strict=True)):
+            text = "" if share is None else f" {100 * share:.0f} %"
+            ax.text(rate, i, text, va="center", fontsize=7)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.set_xlabel("samples per virtual second")
+    return picture

@@ -1,0 +1,226 @@
+"""The report of the asynchrony study: three questions, planned contrasts, verdicts; then curves, staleness, clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+
+from ...analysis.contrasts import HIGHER, IDENTICAL, LOWER, MIXED, UNTESTED, ContrastResult, analyse
+from ...analysis.paired import estimate, wilson
+from ...analysis.results import ResultsLike, last_attempts
+from ...core.errors import StudyError
+from ...report import Column, Paragraph, Report, Section, SummaryItem, TableBlock, Verdict
+from ..common import (
+    bounded,
+    command_text,
+    contrast_item,
+    failure_rule_text,
+    is_brief,
+    item,
+    plain_item,
+    scaled,
+    shown_provenance,
+    statistics_text,
+    verdict_detail,
+)
+from .outcomes import QUESTIONS, Cell, Outcomes, Pair, outcomes, pairs
+from .pictures import sections
+from .spec import STUDY
+
+WORDS = {
+    LOWER: "lower by {size}",
+    HIGHER: "higher by {size}",
+    MIXED: "mixed: significant by ranks, while the mean points the other way",
+    IDENTICAL: "identical in every replicate",
+    UNTESTED: "not tested",
+}
+
+
+def build(results: ResultsLike) -> Report:
+    """The report of an asynchrony study, finished or not. Raises :class:`StudyError` while no run has ended."""
+    found = outcomes(results)
+    ended = [score for score in found.scores.by_run.values() if score.state != "pending"]
+    if not ended:
+        raise StudyError(f"{results.path}: nothing to report yet, no run has ended; run the study again to go on")
+    planned = pairs(found)
+    tested = analyse([pair.contrast() for pair in planned])
+    summary = cell_summary(found, results)
+    for pair, result in zip(planned, tested, strict=True):
+        summary[f"asynchrony/contrast/{pair.question}/{pair.name}"] = contrast_item(result)
+    pending = len(found.scores.by_run) - len(ended)
+    return Report(
+        title="Asynchronous training",
+        question="; ".join(QUESTIONS.values()),
+        verdicts=_verdicts(planned, tested),
+        contrasts=_contrast_table(planned, tested) if planned else None,
+        sections=[*sections(results, found, planned, tested, summary), _table_section(found, summary), _method(found)],
+        summary=summary,
+        failures=_failures(found),
+        provenance=shown_provenance(results.provenance),
+        command=command_text(results, "asynchrony"),
+        runs=len(ended),
+        notes=[f"{pending} of {len(found.scores.by_run)} runs have not ended; they are left out."] if pending else [],
+        pdf=not is_brief(results),
+    )
+
+
+def cell_summary(found: Outcomes, results: ResultsLike) -> dict[str, SummaryItem]:
+    """Final scores, staleness, clocks and ledger of every cell."""
+    frame = last_attempts(results.frame)
+    staleness = _means(frame, "staleness")
+    weight_gap = _means(frame, "weight_gap")
+    summary: dict[str, SummaryItem] = {}
+    for cell in found.cells:
+        replicates = found.ended(cell)
+        if not replicates:
+            continue
+        at = f"asynchrony/{cell.name}"
+        runs = [cell.runs[r] for r in replicates]
+        summary[f"{at}/accuracy"] = bounded(item(estimate(found.accuracy(cell, replicates))))
+        summary[f"{at}/test_loss"] = item(estimate(found.loss(cell, replicates)))
+        summary[f"{at}/failure_rate"] = item(wilson(found.failed(cell, replicates), len(replicates)))
+        if any(run in found.gaps for run in runs):
+            summary[f"{at}/train_test_gap"] = item(estimate(found.gap(cell, replicates)))
+        for name, of in (("staleness", staleness), ("weight_gap", weight_gap)):
+            values = [of[run] for run in runs if run in of and np.isfinite(of[run])]
+            if values:
+                summary[f"{at}/{name}"] = item(estimate(values))
+        last = [found.ends[run] for run in runs if run in found.ends]
+        for name in ("virtual_s", "samples", "bytes_sent"):
+            mean = float(np.mean([row[name] for row in last])) if last else None
+            summary[f"{at}/{name}"] = plain_item(mean, len(last), "mean at the last evaluation")
+    return summary
+
+
+def _means(frame: pl.DataFrame, column: str) -> dict[str, float]:
+    """Run -> mean of a column over its rows."""
+    if column not in frame.columns:
+        return {}
+    means = frame.group_by("run").agg(pl.col(column).mean())
+    return {str(run): float(v) for run, v in means.iter_rows() if v is not None}
+
+
+def _verdicts(planned: Sequence[Pair], tested: Sequence[ContrastResult]) -> list[Verdict]:
+    """One line per comparison, under the question it belongs to."""
+    out = []
+    for question, text in QUESTIONS.items():
+        own = [(p, r) for p, r in zip(planned, tested, strict=True) if p.question == question]
+        if not own:
+            out.append(Verdict(f"{text} Nothing in this grid compares that.", ""))
+            continue
+        differ = sum(r.verdict in (LOWER, HIGHER) for _, r in own)
+        noise = len(own) - differ
+        out.append(Verdict(f"{text} {differ} of {len(own)} planned differences stand out, {noise} do not.", ""))
+        out += [Verdict(_line(pair, result), verdict_detail(result)) for pair, result in own]
+    return out
+
+
+def _line(pair: Pair, result: ContrastResult) -> str:
+    what = "train-test gap" if pair.unit == "nats" else "test accuracy"
+    size = f"{abs(result.estimate.value):.3f} nats" if pair.unit == "nats" else f"{abs(result.estimate.value):.1f} points"
+    word = WORDS.get(result.verdict, "within noise").format(size=size)
+    return f"{pair.name}: {what} {word}"
+
+
+def _contrast_table(planned: Sequence[Pair], tested: Sequence[ContrastResult]) -> TableBlock:
+    columns = [
+        Column("question"),
+        Column("factor"),
+        Column("contrast"),
+        Column("n", "d", "replicates both sides finished"),
+        Column("difference", "+.3f", "mean with its 95 % interval, not corrected for several contrasts"),
+        Column("unit"),
+        Column("Holm p", ".3g", "corrected for all planned contrasts"),
+        Column("verdict"),
+        Column("detectable", ".3g", "difference found with 80 % power at the corrected level, this n and spread"),
+        Column("beside", "+.3f", "test loss (nats), or accuracy (points) for the gap; shown, not tested"),
+        Column("interval and test"),
+    ]
+    rows = [
+        [
+            pair.question,
+            pair.factor,
+            pair.name,
+            r.estimate.n,
+            item(r.estimate),
+            pair.unit,
+            r.p_holm,
+            r.verdict,
+            r.detectable,
+            item(estimate(pair.beside)),
+            f"{r.estimate.method}; {r.test.method}" + (f", {r.test.note}" if r.test.note else ""),
+        ]
+        for pair, r in zip(planned, tested, strict=True)
+    ]
+    caption = (
+        "Final test accuracy in percentage points for delay and partition, test loss minus training loss in nats for "
+        "momentum; paired by replicate. Planned: cells that agree in all settings but one factor, each against the "
+        "reference of its group (barrier, the first delay, no rule, shared or sample, the smallest momentum), and how "
+        "these differences change where nobody waits."
+    )
+    return TableBlock(columns, rows, caption)
+
+
+def _table_section(found: Outcomes, summary: Mapping[str, SummaryItem]) -> Section:
+    columns = [
+        Column("condition"),
+        Column("n", "d", "replicates that ended"),
+        Column("test accuracy (%)", ".2f", "mean and 95 % interval, failures at chance"),
+        Column("test loss (nats)", ".3f"),
+        Column("test - train loss (nats)", "+.3f"),
+        Column("failures (%)", ".0f", "95 % Wilson interval"),
+        Column("staleness", ".2f", "versions, mean over recorded updates"),
+        Column("weight gap", ".3g", "norm of weights now minus weights read, mean over recorded updates"),
+        Column("virtual time (s)", ".2f"),
+        Column("samples", ",.0f"),
+        Column("MB sent", ".1f"),
+    ]
+    rows = []
+    for cell in found.cells:
+        n = len(found.ended(cell))
+        if not n:
+            continue
+        of = {k.rsplit("/", 1)[1]: v for k, v in summary.items() if k.rsplit("/", 1)[0] == f"asynchrony/{cell.name}"}
+        sent = of["bytes_sent"].value
+        rows.append(
+            [
+                cell.name,
+                n,
+                scaled(of["accuracy"], 100.0),
+                of["test_loss"],
+                of.get("train_test_gap"),
+                scaled(of["failure_rate"], 100.0),
+                of["staleness"].value if "staleness" in of else None,
+                of["weight_gap"].value if "weight_gap" in of else None,
+                of["virtual_s"].value,
+                of["samples"].value,
+                None if sent is None else sent / 1e6,
+            ]
+        )
+    return Section("All conditions", [TableBlock(columns, rows, "At the last evaluation of each run.")])
+
+
+def _method(found: Outcomes) -> Section:
+    texts = (
+        "All conditions of a replicate share initial weights and, worker by worker, batches and delays. Partitions are "
+        "dealt anew for each replicate. One update is one change of the server's weights; conditions have equal "
+        "numbers of updates unless a budget of samples or virtual time was asked for, so a synchronous condition "
+        "sees as many times the samples as it has workers. The train-test gap of a failed run is the largest of any "
+        "run that ended.",
+        failure_rule_text(found.scores),
+        statistics_text("one seed through every condition"),
+    )
+    return Section("How the numbers are made", [Paragraph(text) for text in texts])
+
+
+def _failures(found: Outcomes) -> TableBlock:
+    of: dict[str, tuple[Cell, int]] = {run: (cell, r) for cell in found.cells for r, run in cell.runs.items()}
+    rows = [
+        [of[s.run][0].name, of[s.run][1], s.failed_step, s.reason, s.run] for s in found.scores.failures()
+    ]
+    return TableBlock([Column(n) for n in ("condition", "replicate", "failed at step", "reason", "run")], rows)
+
+
+__all__ = ["STUDY", "build", "cell_summary"]
