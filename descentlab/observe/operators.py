@@ -48,36 +48,75 @@ def operator(
     if matrix not in ("hessian", "ggn"):
         raise UserError("matrix", matrix, "hessian or ggn")
     made = Hessian if matrix == "hessian" else GaussNewton
-    twin, names = copy.deepcopy(model).double(), _chosen(model, parameters)
+    twin, names = copy.deepcopy(model).double(), chosen(model, parameters)
     params = [p for name, p in twin.named_parameters() if name in names]
-    batches = list(data) if isinstance(data, list) else [data]
-    if not batches:
-        raise UserError("data", "[]", "at least one batch (x, y)")
+    batches = batches_of(data)
     if len(batches) == 1:
         return made(twin, params, loss, batches[0])  # type: ignore[arg-type]
     return Batches(lambda batch: made(twin, params, loss, batch), batches)  # type: ignore[arg-type]
 
 
-def _chosen(model: nn.Module, wanted: Sequence[str] | None) -> set[str]:
+def batches_of(data: Data) -> list[tuple[Any, Any]]:
+    """The batches of ``data``: one, or those of a list."""
+    batches = list(data) if isinstance(data, list) else [data]
+    if not batches:
+        raise UserError("data", "[]", "at least one batch (x, y)")
+    return batches  # type: ignore[return-value]
+
+
+def shares(batches: Sequence[tuple[Any, Any]]) -> list[float]:
+    """Each batch's part of all samples."""
+    counts = [len(next(iter(x.values())) if isinstance(x, Mapping) else x) for x, _ in batches]
+    return [count / sum(counts) for count in counts]
+
+
+def chosen(model: nn.Module, wanted: Sequence[str] | None) -> set[str]:
+    """Names of the parameters that require a gradient, or of those that ``wanted`` names."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if not names:
         raise UserError("model", type(model).__name__, "a model with parameters that require a gradient")
     if wanted is None:
         return set(names)
-    chosen: set[str] = set()
+    kept: set[str] = set()
     for word in wanted:
         found = {name for name in names if name == word or name.startswith(f"{word}.")}
         if not found:
             expected = f"parameters or layers of the model ({', '.join(names)})"
             raise UserError("parameters", word, expected, hint=nearest(word, names))
-        chosen |= found
-    return chosen
+        kept |= found
+    return kept
 
 
 def size(model: nn.Module, parameters: Sequence[str] | None = None) -> int:
     """How many rows the matrix has."""
-    names = _chosen(model, parameters)
+    names = chosen(model, parameters)
     return sum(p.numel() for name, p in model.named_parameters() if name in names)
+
+
+def at(model: nn.Module, weights: Tensor) -> nn.Module:
+    """A float64 copy of the model whose parameters that require a gradient are ``weights`` ``[n]``, in their order."""
+    twin = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name, value in stacked(twin, weights.unsqueeze(0)).items():
+            twin.get_parameter(name).copy_(value[0])
+    return twin
+
+
+def stacked(model: nn.Module, weights: Tensor | None) -> dict[str, Tensor]:
+    """Every parameter ``[M, *shape]`` in float64: the model's own (M = 1), or those that require a gradient cut from
+    ``weights`` ``[n]`` or ``[M, n]``."""
+    own = {name: p.detach().double().unsqueeze(0) for name, p in model.named_parameters()}
+    if weights is None:
+        return own
+    free = [name for name, p in model.named_parameters() if p.requires_grad]
+    sizes = [own[name].numel() for name in free]
+    if weights.dim() not in (1, 2) or weights.shape[-1] != sum(sizes):
+        expected = f"({sum(sizes)},) or (members, {sum(sizes)}): the parameters that require a gradient"
+        raise UserError("weights", tuple(weights.shape), expected)
+    rows = weights.detach().double().view(-1, sum(sizes))
+    for name, part in zip(free, rows.split(sizes, dim=1), strict=True):
+        own[name] = part.reshape(len(rows), *own[name].shape[1:])
+    return {name: p.expand(len(rows), *p.shape[1:]) for name, p in own.items()}
 
 
 def _double(value: Any) -> Any:
@@ -129,6 +168,13 @@ class Hessian(_Differentiable):
         )
         return self._flat(parts, len(vectors))
 
+    def product(self, vector: Tensor) -> Tensor:
+        """See :class:`Operator`; one plain reverse pass, also through operations that cannot be vectorised."""
+        if not self._gradient.requires_grad:
+            return torch.zeros_like(vector)
+        parts = torch.autograd.grad(self._gradient, self.params, vector, retain_graph=True, allow_unused=True)
+        return self._flat(parts, 1)[0]
+
 
 @final
 class GaussNewton(_Differentiable):
@@ -163,9 +209,7 @@ class Batches(Operator):
     """The mean over batches, weighted by their sizes; one batch's graph is held at a time."""
 
     def __init__(self, make: Callable[[tuple[Any, Any]], _Differentiable], batches: Sequence[tuple[Any, Any]]) -> None:
-        self.make, self.batches = make, batches
-        counts = [len(next(iter(x.values())) if isinstance(x, Mapping) else x) for x, _ in batches]
-        self.shares = [count / sum(counts) for count in counts]
+        self.make, self.batches, self.shares = make, batches, shares(batches)
         first = make(batches[0])
         self.n, self.device = first.n, first.device
 
@@ -174,4 +218,11 @@ class Batches(Operator):
         total = torch.zeros_like(vectors)
         for share, batch in zip(self.shares, self.batches, strict=True):
             total += share * self.make(batch).rows(vectors)
+        return total
+
+    def product(self, vector: Tensor) -> Tensor:
+        """See :class:`Operator`."""
+        total = torch.zeros_like(vector)
+        for share, batch in zip(self.shares, self.batches, strict=True):
+            total += share * self.make(batch).product(vector)
         return total

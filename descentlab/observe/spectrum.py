@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,9 +76,7 @@ def spectral_density(
     nodes, weights = torch.zeros(probes, m, dtype=torch.float64), torch.zeros(probes, m, dtype=torch.float64)
     for p in range(probes):
         start = _signs(curvature.n, 1, generator, curvature.device)[:, 0] / math.sqrt(curvature.n)
-        for found in itertools.islice(krylov(curvature, start, generator), m):
-            if found.beta == 0.0:  # the probe's space is exhausted: what comes after has no weight
-                break
+        *_, found = krylov(curvature, start, m)  # shorter where the probe's space is exhausted: no weight is missing
         k = len(found.values)
         nodes[p, :k], weights[p, :k] = found.values, found.small[0].square()
     return Density(nodes, weights, curvature.n)

@@ -64,6 +64,7 @@ class TestSet:
     """Loss (nats) and accuracy on the test set at the weights after the update."""
 
     name, needs = "test_set", frozenset({"eval"})
+    weights_only = True  # what the engine need not copy for it: the optimizer's slots
     __test__ = False  # not a test case, whatever its name suggests to pytest
 
     def measure(self, m: Measured) -> dict[str, Tensor]:
