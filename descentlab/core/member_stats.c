@@ -1,5 +1,5 @@
 /* Per member of stacked tensors: Euclidean norms, numbers of non-finite elements, largest magnitudes, in one pass.
- * REAL is float or double. leaf[l] points to [members, size[l]]. Sums are double; a NaN stays with its member. */
+ * REAL is float or double. leaf[l] points to [members, size[l]], members stride[l] elements apart. Sums are double; a NaN stays with its member. */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -11,13 +11,13 @@ typedef int32_t word;
 #endif
 
 /* norm: of leaf - minus, the difference taken in REAL (minus null: of leaf); nonfinite: NaN or infinite elements of leaf. */
-void norms(int64_t members, int leaves, const int64_t *size, REAL *const *leaf, REAL *const *minus, double *norm,
-           int64_t *nonfinite) {
+void norms(int64_t members, int leaves, const int64_t *size, const int64_t *stride, REAL *const *leaf,
+           const int64_t *minus_stride, REAL *const *minus, double *norm, int64_t *nonfinite) {
     for (int64_t m = 0; m < members; m++) {
         double squares = 0;
         int64_t bad = 0;
         for (int l = 0; l < leaves; l++) {
-            const REAL *x = leaf[l] + m * size[l], *y = minus ? minus[l] + m * size[l] : NULL;
+            const REAL *x = leaf[l] + m * stride[l], *y = minus ? minus[l] + m * minus_stride[l] : NULL;
             if (y) {
 #pragma omp simd reduction(+ : squares)
                 for (int64_t i = 0; i < size[l]; i++) {
@@ -39,12 +39,12 @@ void norms(int64_t members, int leaves, const int64_t *size, REAL *const *leaf, 
 }
 
 /* top: largest |element| of all leaves; NaN where any is NaN. */
-void largest(int64_t members, int leaves, const int64_t *size, REAL *const *leaf, double *top) {
+void largest(int64_t members, int leaves, const int64_t *size, const int64_t *stride, REAL *const *leaf, double *top) {
     for (int64_t m = 0; m < members; m++) {
         REAL most = 0;
         word nans = 0;
         for (int l = 0; l < leaves; l++) {
-            const REAL *x = leaf[l] + m * size[l];
+            const REAL *x = leaf[l] + m * stride[l];
 #pragma omp simd reduction(max : most) reduction(| : nans)
             for (int64_t i = 0; i < size[l]; i++) {
                 REAL a = x[i] < 0 ? -x[i] : x[i];

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import TYPES, enabled, library, pointers
+from .native import TYPES, Rows, enabled, library
 from .tree import leaves
 
 SOURCE = Path(__file__).with_name("member_stats.c")
@@ -74,25 +75,22 @@ class _Stats:
         self._norms.restype = self._largest.restype = None
 
     def norms(self, tensors: Sequence[Tensor], minus: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-        held = [t.contiguous() for t in tensors]
-        others = [t.contiguous() for t in minus] if minus is not None else None
-        members = len(held[0])
+        members, held = len(tensors[0]), Rows(tensors)
+        others = Rows(minus) if minus is not None else None
         norm, nonfinite = torch.empty(members, dtype=torch.float64), torch.empty(members, dtype=torch.int64)
-        self._norms(*_shape(held), pointers(held), pointers(others) if others else None, _at(norm), _at(nonfinite))
+        to = (others.strides, others.addresses) if others is not None else (None, None)
+        sizes = (ctypes.c_int64 * len(held.tensors))(*(math.prod(t.shape[1:]) for t in held.tensors))
+        self._norms(
+            ctypes.c_int64(members), len(sizes), sizes, held.strides, held.addresses, *to, _at(norm), _at(nonfinite)
+        )
         return norm, nonfinite
 
     def largest(self, tensors: Sequence[Tensor]) -> Tensor:
-        held = [t.contiguous() for t in tensors]
-        top = torch.empty(len(held[0]), dtype=torch.float64)
-        self._largest(*_shape(held), pointers(held), _at(top))
+        members, held = len(tensors[0]), Rows(tensors)
+        top = torch.empty(members, dtype=torch.float64)
+        sizes = (ctypes.c_int64 * len(held.tensors))(*(math.prod(t.shape[1:]) for t in held.tensors))
+        self._largest(ctypes.c_int64(members), len(sizes), sizes, held.strides, held.addresses, _at(top))
         return top
-
-
-def _shape(tensors: Sequence[Tensor]) -> tuple[ctypes.c_int64, int, ctypes.Array]:
-    """Members, leaves, and the elements of one member of each leaf."""
-    members = len(tensors[0])
-    sizes = [t.numel() // max(members, 1) for t in tensors]
-    return ctypes.c_int64(members), len(tensors), (ctypes.c_int64 * len(tensors))(*sizes)
 
 
 def _at(t: Tensor) -> ctypes.c_void_p:

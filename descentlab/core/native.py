@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -68,6 +69,12 @@ def enabled() -> bool:
     return _enabled
 
 
+def enable(use: bool) -> None:
+    """From now on :func:`compiled_code`, for a process that does nothing else."""
+    global _enabled
+    _enabled = use
+
+
 @contextmanager
 def compiled_code(use: bool) -> Iterator[None]:
     """Within: compiled code is used where it can be (True) or nowhere in this process (False), as before afterwards."""
@@ -97,3 +104,26 @@ def library(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
     """The addresses of contiguous tensors as an argument of a C function."""
     return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+class Rows:
+    """Stacked tensors ``[M, …]`` as arguments of a C function that steps from member to member by ``strides``.
+
+    ``tensors`` keeps what the addresses point to alive: the tensors themselves where every member's part is contiguous,
+    copies else.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = [t if _rowwise(t) else t.contiguous() for t in tensors]
+        self.addresses = pointers(self.tensors)
+        self.strides = (ctypes.c_int64 * len(self.tensors))(*(t.stride(0) for t in self.tensors))
+
+
+def _rowwise(t: Tensor) -> bool:
+    return t.stride()[1:] == _packed(t.shape[1:])
+
+
+@functools.cache
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor of this shape."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

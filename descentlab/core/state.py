@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import tree
+from .flat import side_by_side, take_rows
 from .tree import Tree
 
 CLOCK_FIELDS = ("step", "attempt", "epoch", "samples", "virtual_s", "bytes_sent")
@@ -42,7 +43,7 @@ class State:
         """A fresh state from stacked parameters and buffers ``[M, …]``."""
         members = next(tree.leaves(params)).shape[0]
         server = {
-            "params": params,
+            "params": side_by_side(params),
             "buffers": buffers,
             "slots": {},
             "opt_step": torch.zeros(members, dtype=torch.int64),
@@ -81,8 +82,17 @@ class State:
         return State.from_state_dict(tree.clone(self.state_dict()))
 
     def take(self, members: Sequence[int]) -> State:
-        """Copies of some members; an index may occur twice, which is a fork."""
-        return State.from_state_dict(tree.take(self.state_dict(), members))
+        """Copies of some members; an index may occur twice, which is a fork. Weights and slots lie side by side."""
+        server: Tree = {}
+        for name, held in self.server.items():
+            if name == "params":
+                server[name] = take_rows(held, members)
+            elif name == "slots":
+                server[name] = {slot: take_rows(tensors, members) for slot, tensors in held.items()}
+            else:
+                server |= tree.take({name: held}, members)
+        worker, shared, clock = (tree.take(part, members) for part in (self.worker, self.shared, self.clock))
+        return State(server, worker, shared, clock)
 
     def put(self, members: Sequence[int], part: State) -> None:
         """Write the members of ``part`` back, in place."""

@@ -17,12 +17,14 @@ compiled code (:mod:`.native`) where the machine has a C compiler; its float32 r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..core.flat import split
 from ..core.native import TYPES, enabled
 from ..core.opmode import Ops
 from ..core.protocols import Batch, Grads, Selection
@@ -132,10 +134,13 @@ class BatchedMlp:
 
     def _compiled(self, native: Kernel, params: Tree, batch: Selection) -> Grads:
         x, y = batch.source
-        grad_w, grad_b, loss, accuracy = native.step(*self._network(params), x.flatten(1), y, batch.index)
-        grads = {layer.weight: g for layer, g in zip(self.layers, grad_w, strict=True)}
-        grads |= {layer.bias: g for layer, g in zip(self.layers, grad_b, strict=True)}
-        return Grads({name: grads[name] for name in params}, {}, loss, accuracy)
+        first = next(iter(params.values()))
+        per_member = sum(math.prod(p.shape[1:]) for p in params.values())
+        grads = split(first.new_empty(len(first), per_member), params)
+        names = [*(layer.weight for layer in self.layers), *(layer.bias for layer in self.layers)]
+        made = [grads[name] for name in names]
+        loss, accuracy = native.step(*self._network(params), x.flatten(1), y, batch.index, made)
+        return Grads(grads, {}, loss, accuracy)
 
     def _network(self, params: Tree) -> tuple[bool, list[Tensor], list[Tensor]]:
         """Whether the activation is SiLU, weights and biases in order: what the compiled functions take."""

@@ -10,18 +10,17 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
 from ..core.opmode import Ops
-from ..core.protocols import Grads, Lateness, Mean, Measured, RankMoment, Selection
+from ..core.protocols import Grads, Lateness, Measured, Selection
 from ..core.state import State
 from ..core.tree import Tree, stack, tree_map
 from .events import Events
+from .exchanging import Exchanging
 from .guard import Guard
 from .hits import Hits
 from .measuring import Measuring
@@ -59,11 +58,10 @@ class Engine(ABC):
     state: State = field(default=None)  # type: ignore[assignment]
     step: int = 0
     recorder: Recorder = field(default_factory=Recorder)
-    _rank: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.hits, self.events = Hits(self.parts, self.recorder), Events(self.parts, self.recorder)
-        self.measuring = Measuring(self.parts, self.recorder)
+        self.measuring, self.exchanging = Measuring(self.parts, self.recorder), Exchanging(self.parts)
         self.guard = Guard(self.parts.arm) if self.parts.arm is not None else None
         self.slots = self._planned(max(self.step - 1, 0))  # as they were when the state was saved
         if self.state is None:
@@ -79,6 +77,10 @@ class Engine(ABC):
         worker: Tree = {"cursor": torch.zeros(members, workers, dtype=torch.int64), "memory": memory}
         if workers > 1:
             worker["buffers"] = tree_map(lambda b: b.unsqueeze(1).repeat(1, workers, *[1] * (b.dim() - 1)), buffers)
+        shared = {**shared, **self.exchanging.start(params, members)}
+        start = getattr(self.parts.staleness_rule, "start", None)
+        if start is not None:
+            shared = {**shared, "rule": start(params)}
         if self.parts.arm is not None:
             shared = {**shared, "arm": self.parts.arm.start(members)}
         if self.parts.average is not None:
@@ -111,11 +113,18 @@ class Engine(ABC):
     def after_update(self) -> None:  # noqa: B027  (a hook, not every engine needs it)
         """Called when the parameters have moved to version ``self.step + 1``."""
 
+    def lateness(self, now: Round) -> dict[str, Tensor]:
+        """Columns ``[M]`` on how old the contributions are; nothing where that is no question."""
+        return {}
+
     def on_change(self) -> None:  # noqa: B027  (a hook)
         """Called when the parameters of version ``self.step`` were changed at rest."""
 
     def on_fork(self, chosen: Sequence[int]) -> None:  # noqa: B027  (a hook)
         """Called when the members became copies of the ``chosen`` old ones."""
+
+    def before_checkpoint(self) -> None:  # noqa: B027  (a hook)
+        """Called before the state is stored."""
 
     def run(self) -> Iterator[Progress]:
         """One item per update, until every run has stopped."""
@@ -158,7 +167,8 @@ class Engine(ABC):
     def beside(self, slots: tuple[Slot, ...], state: State, step: int, recorder: Recorder) -> Engine:
         """This engine with other members at another step, on the same parts; what :class:`Guard` repeats steps with."""
         other = copy.copy(self)
-        other.recorder, other.state, other.step, other._rank = recorder, state, step, None
+        other.recorder, other.state, other.step = recorder, state, step
+        other.exchanging = Exchanging(self.parts)
         other.hits, other.events = Hits(self.parts, recorder), Events(self.parts, recorder)
         other.measuring, other.slots = Measuring(self.parts, recorder), slots
         return other
@@ -174,11 +184,12 @@ class Engine(ABC):
         due = self.measuring.due(self.step)
         recording = bool(due) or self.step % self.parts.every == 0
         before = self.measuring.before(state.params) if recording or guard is not None else None
-        grads = self._exchange(now, [g.grads for g in contributions])
         lr = self._rates()
+        late = self.lateness(now) if recording else {}
+        grads = self._exchange(now, [g.grads for g in contributions], lr)
         self.events.before_apply(state, self.step, grads, lr)
         if guard is not None:
-            grads = guard.edit(grads)
+            grads = guard.edit(grads, lr)
         self.parts.optimizer.apply(state, grads, lr)
         self.events.after_apply(state, self.step)
         self._put_buffers(now, [g.buffers for g in contributions])
@@ -190,7 +201,7 @@ class Engine(ABC):
         self._advance(now)
         if guard is not None:
             guard.check(self)
-        measured = Measured(state, grads, loss, accuracy, lr, before, None)
+        measured = Measured(state, grads, loss, accuracy, lr, before, None, late=late)
         if recording:
             self.measuring.record(self.step, measured, due, guard.columns() if guard else {})
         elif guard is not None and guard.alarms:
@@ -242,60 +253,33 @@ class Engine(ABC):
                 masks[record.layer, record.call] = keep.to(self.parts.train[0].device)
         return masks
 
-    def _exchange(self, now: Round, grads: list[Tree]) -> Tree:
-        """Drive the compressor's coroutine: the mean over the K contributions answers each collective."""
-        self._resize()
+    def _exchange(self, now: Round, grads: list[Tree], lr: Tensor) -> Tree:
+        """The averaged gradient of the K contributions, as it arrives through the compressor."""
+        if self.parts.rank_policy is not None:
+            self._resize(lr)
         if self.parts.staleness_rule is not None:
             grads = [self._adjusted(now, i, g) for i, g in enumerate(grads)]
-        state, k = self.state, len(grads)
-        if k == 1:  # views, no copy
+        if len(grads) == 1:  # views, no copy
             stacked = {n: g.unsqueeze(1) for n, g in grads[0].items()}
         else:
             stacked = {n: torch.stack([g[n] for g in grads], dim=1) for n in grads[0]}
-        rows, at = torch.arange(len(self.slots)).unsqueeze(1), torch.from_numpy(now.workers)
-        memory = tree_map(lambda t: t[rows, at], state.worker["memory"])
-        exchange = self.parts.compressor.exchange(stacked, memory, state.shared)
-        sent = 0
-        answer: Any = None
-        while True:
-            try:
-                request = exchange.send(answer)
-            except StopIteration as stop:
-                mean, memory, shared = stop.value
-                break
-            assert isinstance(request, Mean)
-            sent += request.bytes_per_worker * k if self.parts.workers > 1 else 0
-            answer = request.tensor.mean(1) if k > 1 else request.tensor.squeeze(1)
-
-        def write(t: Tensor, new: Tensor) -> Tensor:
-            t[rows, at] = new
-            return t
-
-        tree_map(write, state.worker["memory"], memory)
-        tree_map(lambda new, t: t.copy_(new), shared, state.shared)
-        state.clock["bytes_sent"].add_(sent)
+        mean = self.exchanging.run(self.state, self.step, now.workers, stacked)
+        if self.parts.rank_policy is not None:
+            self.exchanging.observe(self.state, self.exchanging.moment(self.state, self.step, lr), mean)
         return mean
 
     def _adjusted(self, now: Round, k: int, grads: Tree) -> Tree:
         """The k-th contribution after the staleness rule."""
         assert self.parts.staleness_rule is not None
         versions = torch.from_numpy(self.step - now.versions[:, k])
-        late = Lateness(versions, self.view(now.versions[:, k]), self.state.params)
+        memory = self.state.shared.get("rule", {})
+        late = Lateness(versions, self.view(now.versions[:, k]), self.state.params, memory)
         return self.parts.staleness_rule.adjust(grads, late)
 
-    def _resize(self) -> None:
-        """Bring the compressor to the rank its policy asks for; where nothing changes, this changes no bit."""
-        if self.parts.rank_policy is None:
-            return
-        sampler, seen = self.parts.sampler, int(self.state.clock["samples"].amax())
-        rank = self.parts.rank_policy.rank(
-            RankMoment(self.step, seen // (sampler.steps_per_epoch * sampler.batch_size))
-        )
-        if not isinstance(rank, int) or rank < 1:
-            raise UserError("compressor.policy", rank, f"a rank of at least 1 at step {self.step}")
-        if rank != self._rank:
-            self.state.shared.update(self.parts.compressor.resize(self.state.shared, rank, self.parts.streams))
-            self._rank = rank
+    def _resize(self, lr: Tensor | None = None) -> None:
+        """Bring the compressor to the rank its policy asks for."""
+        lr = self._rates() if lr is None else lr
+        self.exchanging.resize(self.state, self.exchanging.moment(self.state, self.step, lr))
 
     def _put_buffers(self, now: Round, buffers: list[Tree]) -> None:
         """Workers keep their own BatchNorm buffers; the server's are their average, used for evaluation."""
@@ -319,5 +303,7 @@ class Engine(ABC):
         clock["step"].add_(1)
         clock["samples"].add_(k * self.parts.sampler.batch_size)
         clock["virtual_s"].copy_(torch.from_numpy(now.time_s))
+        if self.parts.link is not None:
+            clock["virtual_s"].add_(self.state.shared["link"]["seconds"])
         epoch_samples = self.parts.sampler.steps_per_epoch * self.parts.sampler.batch_size
         clock["epoch"].copy_((clock["samples"] - 1) // epoch_samples)

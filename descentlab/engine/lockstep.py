@@ -12,12 +12,13 @@ from .driver import Engine, Round
 
 @final
 class Lockstep(Engine):
-    """Barrier semantics without a clock; with one worker, plain (ensemble) training."""
+    """Barrier semantics; the clock moves only where a link is simulated. With one worker, plain (ensemble) training."""
 
     def round(self) -> Round:
         members, workers = len(self.slots), self.parts.workers
         everyone = np.tile(np.arange(workers), (members, 1))
-        return Round(everyone, np.full_like(everyone, self.step), np.zeros(members))
+        ended = np.full(members, (self.step + 1) * self.parts.compute_s)
+        return Round(everyone, np.full_like(everyone, self.step), ended)
 
     def view(self, versions: np.ndarray) -> Tree:
         return self.state.params

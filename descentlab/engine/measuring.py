@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.flat import base_of, split
 from ..core.protocols import Measured
+from ..core.state import State
 from ..core.tree import Tree, clone
 from .parts import Parts
 from .program import Slot
@@ -24,6 +26,7 @@ class Measuring:
         needs: set[str] = set().union(*(o.needs for o in parts.observables))
         self._needs_before = "update" in needs
         self._before: Tree = {}
+        self._base: Tensor | None = None  # of it, where the weights lie side by side
 
     def bind(self, slots: tuple[Slot, ...]) -> None:
         """The members are now ``slots``."""
@@ -36,7 +39,14 @@ class Measuring:
         """A copy of the weights before the update, good until the next call; None if no observable asks for it."""
         if not self._needs_before:
             return None
-        held = list(self._before.values())
+        base = base_of(params)
+        if base is not None:
+            if self._base is None or self._base.shape != base.shape or self._before.keys() != params.keys():
+                self._base = torch.empty_like(base)
+                self._before = split(self._base, params)
+            self._base.copy_(base)
+            return self._before
+        held, self._base = list(self._before.values()), None
         if [t.shape for t in held] == [p.shape for p in params.values()]:
             torch._foreach_copy_(held, list(params.values()))
         else:
@@ -75,13 +85,20 @@ class Measuring:
         clock = m.state.clock
         found = {k: _array(clock[k]) for k in ("attempt", "epoch", "samples", "virtual_s", "bytes_sent")}
         found["step"] = np.full(len(self.slots), step)
+        found.update({k: _array(v) for k, v in m.late.items()})
         for observable in self.parts.observables:
             found.update({k: _array(v) for k, v in observable.measure(m).items()})
         return found
 
+    def _looked_at(self, state: State) -> State:
+        """What evaluations look at: not the optimizer's slots, unless somebody else's observable does."""
+        if all(getattr(o, "weights_only", False) for o in self.parts.on_schedule):
+            return State({**state.server, "slots": {}}, clock=state.clock)
+        return state
+
     def _scheduled(self, m: Measured, due: Sequence[int]) -> dict[str, tuple[Sequence[int], np.ndarray]]:
         """Column -> (members, values) of the observables that need an evaluation."""
-        part, test = m.state if len(due) == len(self.slots) else m.state.take(due), self.parts.test
+        part, test = m.state if len(due) == len(self.slots) else self._looked_at(m.state).take(due), self.parts.test
 
         def evaluate(x: Tensor = test[0], y: Tensor = test[1]) -> tuple[Tensor, Tensor]:
             return self.parts.evaluator.evaluate(part, x, y)
@@ -99,4 +116,4 @@ def _array(t: Tensor) -> np.ndarray:
     """A copy on the CPU, of a type that numpy has too."""
     if t.dtype in (torch.bfloat16, torch.float16):
         t = t.float()
-    return np.array(t.detach().cpu().numpy())
+    return t.detach().cpu().numpy().copy()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.native import library, pointers
+from ..core.native import Rows, library
 
 SOURCE = Path(__file__).with_name("plain_mlp.c")
 EVALUATED_AT_ONCE = 64  # samples: what one member needs for them stays in the first-level cache
@@ -40,40 +40,46 @@ class Kernel:
         x: Tensor,
         y: Tensor,
         index: Tensor,
-    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """Gradients of every layer's weight and bias, loss and accuracy ``[M]``.
+        grads: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy ``[M]``; writes the gradients of every layer's weight, then of every layer's bias, to
+        ``grads``, tensors like ``weights`` and ``biases`` whose members may lie apart.
 
         ``weights`` ``[M, out, in]`` and ``biases`` ``[M, out]`` in order; training set ``x`` ``[n, in]``, ``y`` ``[n]``
         int64; ``index`` ``[M, B]`` int64. All on the CPU, floating-point tensors of the library's dtype.
         """
-        if int(index.min()) < 0 or int(index.max()) >= len(x):
+        low, high = index.aminmax()
+        if int(low) < 0 or int(high) >= len(x):
             raise IndexError(f"sample indices must be in [0, {len(x)})")
         members, batch = index.shape
-        weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
-        x, y, index = x.contiguous(), y.contiguous(), index.contiguous()
-        grad_w, grad_b = [torch.empty_like(w) for w in weights], [torch.empty_like(b) for b in biases]
+        x, y, index, layers = x.contiguous(), y.contiguous(), index.contiguous(), len(weights)
+        held, made = Rows([*weights, *biases]), Rows(grads)
+        if any(a is not b for a, b in zip(made.tensors, grads, strict=True)):
+            raise ValueError("gradients of a member that are not contiguous")
         loss, accuracy = x.new_empty(members), x.new_empty(members)
         widths, scratch = self._room(batch, x, weights)
         self._step(
             members,
             batch,
-            len(weights),
+            layers,
             widths,
             int(silu),
             *(ctypes.c_void_p(t.data_ptr()) for t in (x, y, index)),
-            *(pointers(ts) for ts in (weights, biases, grad_w, grad_b)),
+            *_halves(held, layers),
+            held.strides,
+            *_halves(made, layers),
+            made.strides,
             *(ctypes.c_void_p(t.data_ptr()) for t in (loss, accuracy)),
             ctypes.c_void_p(scratch),
         )
-        return grad_w, grad_b, loss, accuracy
+        return loss, accuracy
 
     def evaluate(
         self, silu: bool, weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy ``[M]`` on all of ``x`` ``[n, in]``, ``y`` ``[n]``; otherwise as :meth:`step`."""
-        weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
         x, y = x.contiguous(), y.contiguous()
-        members = len(weights[0])
+        members, held = len(weights[0]), Rows([*weights, *biases])
         loss, accuracy = (torch.empty(members, dtype=torch.float64) for _ in range(2))
         widths, scratch = self._room(EVALUATED_AT_ONCE, x, weights)
         self._evaluate(
@@ -84,7 +90,8 @@ class Kernel:
             widths,
             int(silu),
             *(ctypes.c_void_p(t.data_ptr()) for t in (x, y)),
-            *(pointers(ts) for ts in (weights, biases)),
+            *_halves(held, len(weights)),
+            held.strides,
             *(ctypes.c_void_p(t.data_ptr()) for t in (loss, accuracy)),
             ctypes.c_void_p(scratch),
         )
@@ -100,3 +107,9 @@ class Kernel:
         if self._scratch.numel() < size + 64:
             self._scratch = torch.empty(size + 64, dtype=torch.uint8)
         return -(-self._scratch.data_ptr() // 64) * 64
+
+
+def _halves(held: Rows, layers: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    """Where the addresses of the weights and those of the biases stand."""
+    first = ctypes.addressof(held.addresses)
+    return ctypes.c_void_p(first), ctypes.c_void_p(first + layers * ctypes.sizeof(ctypes.c_void_p))

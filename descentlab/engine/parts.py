@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..core.opmode import OpRecord
 from ..core.protocols import (
+    AdaptiveRankPolicy,
     Apply,
     Arm,
     Compressor,
     Effects,
+    Link,
     Observable,
     Perturbation,
     RankPolicy,
@@ -67,7 +69,9 @@ class Parts:
     workers: int = 1
     arm: Arm | None = None
     staleness_rule: StalenessRule | None = None
-    rank_policy: RankPolicy | None = None
+    rank_policy: RankPolicy | AdaptiveRankPolicy | None = None
+    link: Link | None = None  # what sending costs; None: no time
+    compute_s: float = 0.0  # seconds one worker needs for one gradient, where a link is simulated
     every: int = 1
     evaluate_every: int = 10
     hit_artifacts: bool = False

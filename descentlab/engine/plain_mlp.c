@@ -224,13 +224,13 @@ static void gather(struct room *r, int batch, int nb, int in, const REAL *x, con
     transpose(padded, in, first, stride, (REAL *)r->a[0], padded);
 }
 
-/* Forward pass of member m. */
+/* Forward pass of member m. stride: elements from one member to the next, of every w, then of every b. */
 static void forward(struct room *r, int m, int nb, int layers, const int32_t *widths, int silu, REAL *const *w,
-                    REAL *const *b) {
+                    REAL *const *b, const int64_t *stride) {
     for (int l = 0; l < layers; l++) {
         int in = widths[l], out = widths[l + 1];
         const vec *z = r->z[l];
-        affine(out, in, nb, w[l] + (int64_t)m * out * in, b[l] + (int64_t)m * out, r->a[l], r->z[l]);
+        affine(out, in, nb, w[l] + m * stride[l], b[l] + m * stride[layers + l], r->a[l], r->z[l]);
         if (l + 1 < layers)
             for (int k = 0; k < out * nb; k++)
                 r->a[l + 1][k] = silu ? z[k] * sigmoid(z[k]) : choose(z[k] <= all(0), all(0), z[k]);
@@ -238,10 +238,10 @@ static void forward(struct room *r, int m, int nb, int layers, const int32_t *wi
 }
 
 /* x [n, widths[0]] and y [n] hold the training set, index [members, batch] says which samples each member sees;
- * w, b, gw, gb: one pointer per layer to [members, …]; scratch: 64-byte aligned. */
+ * w, b, gw, gb: one pointer per layer to [members, …], stride and grad_stride as in forward; scratch: 64-byte aligned. */
 void step(int members, int batch, int layers, const int32_t *widths, int silu, const REAL *x, const int64_t *y,
-          const int64_t *index, REAL *const *w, REAL *const *b, REAL *const *gw, REAL *const *gb, REAL *loss,
-          REAL *accuracy, vec *scratch) {
+          const int64_t *index, REAL *const *w, REAL *const *b, const int64_t *stride, REAL *const *gw, REAL *const *gb,
+          const int64_t *grad_stride, REAL *loss, REAL *accuracy, vec *scratch) {
     int nb = (batch + LANES - 1) / LANES, padded = nb * LANES;
     vec *z[layers], *a[layers], *row[layers];
     struct room r = {.z = z, .a = a, .row = row};
@@ -249,22 +249,22 @@ void step(int members, int batch, int layers, const int32_t *widths, int silu, c
     for (int m = 0; m < members; m++) {
         double sum = 0, right = 0;
         gather(&r, batch, nb, widths[0], x, y, index + (int64_t)m * batch);
-        forward(&r, m, nb, layers, widths, silu, w, b);
+        forward(&r, m, nb, layers, widths, silu, w, b, stride);
         cross_entropy(widths[layers], batch, nb, r.labels, z[layers - 1], &sum, &right);
         loss[m] = (REAL)(sum / batch);
         accuracy[m] = (REAL)(right / batch);
         const vec *g = z[layers - 1];
         for (int l = layers - 1; l >= 0; l--) {
             int in = widths[l], out = widths[l + 1];
-            int64_t at = (int64_t)m * out * in;
             if (l > 0) {
                 int to = row_vectors(in) * LANES;
                 transpose(in, padded, (const REAL *)a[l], padded, (REAL *)row[l], to);
                 for (int j = 0; j < batch; j++) ((REAL *)row[l])[j * to + in] = 1;
             }
-            weight_gradients(out, in, padded, (const REAL *)g, row[l], gw[l] + at, gb[l] + (int64_t)m * out);
+            weight_gradients(out, in, padded, (const REAL *)g, row[l], gw[l] + m * grad_stride[l],
+                             gb[l] + m * grad_stride[layers + l]);
             if (l > 0) {
-                back_through(out, in, nb, silu, w[l] + at, g, z[l - 1], r.spare[l % 2]);
+                back_through(out, in, nb, silu, w[l] + m * stride[l], g, z[l - 1], r.spare[l % 2]);
                 g = r.spare[l % 2];
             }
         }
@@ -274,7 +274,8 @@ void step(int members, int batch, int layers, const int32_t *widths, int silu, c
 /* Mean loss and accuracy of every member on the whole set x [n, widths[0]], y [n], taken batch samples at a time;
  * scratch as for a step of batch samples. */
 void evaluate(int members, int64_t n, int batch, int layers, const int32_t *widths, int silu, const REAL *x,
-              const int64_t *y, REAL *const *w, REAL *const *b, double *loss, double *accuracy, vec *scratch) {
+              const int64_t *y, REAL *const *w, REAL *const *b, const int64_t *stride, double *loss, double *accuracy,
+              vec *scratch) {
     int nb = (batch + LANES - 1) / LANES;
     vec *z[layers], *a[layers], *row[layers];
     struct room r = {.z = z, .a = a, .row = row};
@@ -284,7 +285,7 @@ void evaluate(int members, int64_t n, int batch, int layers, const int32_t *widt
         int count = n - first < batch ? (int)(n - first) : batch;
         gather(&r, count, nb, widths[0], x + first * widths[0], y + first, NULL);
         for (int m = 0; m < members; m++) {
-            forward(&r, m, nb, layers, widths, silu, w, b);
+            forward(&r, m, nb, layers, widths, silu, w, b, stride);
             cross_entropy(widths[layers], count, nb, r.labels, z[layers - 1], loss + m, accuracy + m);
         }
     }

@@ -1,75 +1,40 @@
 """A real asynchronous parameter server: workers are processes, staleness is whatever happens.
 
-The optimizer lives on the server. A worker receives (version, parameters), computes the gradient of its next batch
-there, sends it back with the version, and waits for newer parameters. The server applies gradients in the order in
-which they arrive, one update each, and logs who contributed with which version. That log is a timeline: replayed by
-the virtual engine it gives the same weights.
+The optimizer lives on the server. A worker gets weights and the number of one of its batches, answers with the
+gradient, and waits. The server applies gradients in the order in which they arrive, ``quorum`` of them per update, and
+logs who contributed with which version before it says so to anybody. That log is a timeline: replayed by the virtual
+engine it gives the same weights, and replayed by a server that was killed it gives back every update it had made.
 """
 
 from __future__ import annotations
 
+import math
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.errors import StudyError
-from ..core.protocols import Grads, Tick
+from ..core.protocols import Delay, Grads, Tick
 from ..core.state import State
-from ..core.tree import Tree, tree_map
+from ..core.tree import Tree, clone, tree_map
+from .crew import Crew, Gradient, Limits, Note
 from .driver import Engine, Progress, Round
-from .parts import Parts
+from .journal import Entry, Journal
+from .lateness import lateness
+from .local import LocalProcesses
 from .program import BlockPlan
-from .transport import Hub, Link, LocalProcesses
-
-Build = Callable[[], Parts]  # picklable: every process calls it for itself
-_READY = (0, None, None)  # a worker's message is (version read, gradients …, error text); this one: "I have started"
-
-
-@final
-@dataclass
-class Replica(Engine):
-    """The worker half on its own: draws this worker's batches and keeps its buffers, as the driver does for all."""
-
-    worker: int = 0
-
-    def round(self) -> Round:
-        return Round(np.array([[self.worker]]), np.array([[self.step]]), np.zeros(1))
-
-    def view(self, versions: np.ndarray) -> Tree:
-        return self.state.params
-
-    def gradients(self, params: Tree) -> Grads:
-        """One work step at ``params``, each ``[1, …]``."""
-        tree_map(lambda mine, new: mine.copy_(new), self.state.params, params)
-        now = self.round()
-        found = self._work(now, 0)
-        self._put_buffers(now, [found.buffers])
-        self._advance(now)
-        self.step += 1
-        return found
+from .replica import Build, Replica, Worker, reply_layout, task_layout
+from .transport import Crewing, Hub
+from .wire import HEADER_BYTES, TASK, TEXT_BYTES, Header
 
 
-def serve(link: Link, worker: int, build: Build, plan: BlockPlan) -> None:
-    """What a worker process runs, one thread, until the server is gone. A failure is sent to the server as text."""
-    torch.set_num_threads(1)
-    try:
-        replica = Replica(plan, build(), worker=worker)
-        link.send(_READY)
-        while True:
-            version, params = link.receive()
-            found = replica.gradients(_to_tensors(params, replica.state.params))
-            link.send((version, _to_arrays(vars(found)), None))
-    except StudyError:
-        raise
-    except Exception as error:  # a process has nobody above it to raise to
-        link.send((-1, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-        link.receive()  # stay until the server hangs up: it takes an early end for a crash
+def _ignore(kind: str, text: str) -> None:
+    """Nobody wants to know."""
 
 
 @final
@@ -77,90 +42,253 @@ def serve(link: Link, worker: int, build: Build, plan: BlockPlan) -> None:
 class ParameterServer(Engine):
     """Runs one run on ``parts.workers`` processes until ``plan.stop`` updates are applied.
 
-    Gradients under way at the end are dropped. ``build`` makes the parts anew in each process. ``log`` lists one Tick
-    per update, with seconds since all workers were ready. A lost or failed worker ends the run with a StudyError.
-    Conditions it cannot meet are listed in :mod:`descentlab.engine.support`; it cannot be resumed.
+    ``build`` makes the parts anew in each process. Every update takes ``quorum`` gradients of different workers, who
+    wait for it: 1 is asynchronous, the number of workers a barrier. ``bound``: how many gradients a worker may be ahead
+    of the slowest. ``delay``: how long a worker sleeps before it answers. ``journal``: where updates are logged; what it holds beyond ``step`` is made again first. No more gradients
+    are asked for than are applied. ``note`` is told of replaced workers and refused answers.
+
+    ``log`` lists one Tick per update, with seconds since all workers were ready. ``state.worker["held"]`` are the
+    weights each worker has read, ``[1, W, …]``, at ``held_version`` (-1: none). Conditions it cannot meet are listed in
+    :mod:`descentlab.engine.support`.
+
+    A gradient that is not finite is computed again by the server. If that is not finite either, training has diverged
+    and it is applied; else the worker is at fault and is asked again.
     """
 
     build: Build = field(kw_only=True)
     hub: Hub = field(default_factory=LocalProcesses, kw_only=True)
+    limits: Limits = field(default_factory=Limits, kw_only=True)
+    quorum: int = field(default=1, kw_only=True)
+    bound: int | None = field(default=None, kw_only=True)
+    delay: Delay | None = field(default=None, kw_only=True)
+    journal: Journal | None = field(default=None, kw_only=True)
+    note: Note = field(default=_ignore, kw_only=True)
+    replica: type[Replica] = field(default=Replica, kw_only=True)
     log: list[Tick] = field(default_factory=list, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.plan.runs) != 1 or self.plan.runs[0].planned or self.step:
-            raise ValueError("the parameter server takes one run without a planned perturbation, from its first step")
-        if self.state.worker["memory"] or self.state.shared:
+        if len(self.plan.runs) != 1 or self.plan.runs[0].planned:
+            raise ValueError("the parameter server takes one run without a planned perturbation")
+        if self.state.shared.keys() - {"rule"}:  # what a rule remembers stays on the server
             raise ValueError("the parameter server sends gradients whole")
-        self._arrived: Grads | None = None
-        self._started = 0.0
+        if not 1 <= self.quorum <= self.parts.workers:
+            raise ValueError(f"quorum = {self.quorum}: expected 1 to {self.parts.workers}")
+        self._again = list(self.journal.entries) if self.journal is not None else []
+        if len(self._again) < self.step:
+            raise self._lost_log()
+        self.log += [entry.tick() for entry in self._again]
+        self._numbers = [-1] * self.parts.workers  # of each worker's last gradient that is applied
+        for entry in self._again:
+            for worker, number in zip(entry.workers, entry.numbers, strict=True):
+                self._numbers[worker] = number
+        self._next_number = 1 + max(self._numbers)
+        self._arrived: dict[int, Gradient] = {}  # worker -> what waits to be applied
+        self._now: list[Grads] = []
+        held = self.state.worker["held"].values()
+        self._held = [[t[:, worker] for t in held] for worker in range(self.parts.workers)]
+        self._sleeps = self._delays()
+
+    def initial_state(self) -> State:
+        state, workers = super().initial_state(), self.parts.workers
+        state.worker["held"] = tree_map(lambda p: p.new_zeros(1, workers, *p.shape[1:]), state.params)
+        state.worker["held_version"] = torch.full((1, workers), -1, dtype=torch.int64)
+        return state
+
+    def _lost_log(self) -> StudyError:
+        assert self.journal is not None or self.step
+        path = self.journal.path if self.journal is not None else "nowhere"
+        held = f"{len(self._again)} updates and the checkpoint has {self.step}"
+        return StudyError(f"the log of updates ({path}) has {held}; delete the block folder to compute it again")
+
+    def _delays(self) -> np.ndarray | None:
+        """Seconds ``[T, W]`` that worker w sleeps at its i-th gradient; None: nobody sleeps."""
+        if self.delay is None:
+            return None
+        replicate = self.plan.runs[0].replicate
+        return self.delay.seconds(self.parts.workers, self.plan.stop, self.parts.streams, replicate)
 
     def run(self) -> Iterator[Progress]:
+        """One item per update; first those that the log holds and the state does not."""
         try:
-            self.hub.open(self.parts.workers, self._serve, self._modules())
-            for _ in range(self.parts.workers):  # all start together, or the first would be alone for a while
-                self._receive()
-            self._started = time.monotonic()
-            for w in range(self.parts.workers):
-                self._send_params(w, 0)
-            yield from super().run()
+            yield from self._make_again()
+            if self.step < self.plan.stop:
+                self._open()
+                yield from super().run()
         finally:
-            self.hub.close()
+            if hasattr(self, "crew"):
+                self.crew.close()
+            if self.journal is not None:
+                self.journal.close()
+
+    def _make_again(self) -> Iterator[Progress]:
+        """The logged updates after ``step``, computed here."""
+        self._again = self._again[: self.plan.stop]
+        if self.step < len(self._again):
+            self.note("replayed", f"updates {self.step} to {len(self._again) - 1} are made again from the log")
+        while self.step < len(self._again):
+            self._hold_what_comes()
+            yield self.update()
+
+    def _hold_what_comes(self) -> None:
+        """Keep the current weights for every worker whose next logged gradient was taken at them."""
+        coming: dict[int, int] = {}
+        for entry in self._again[self.step :]:
+            for worker, version in zip(entry.workers, entry.versions, strict=True):
+                coming.setdefault(worker, version)
+            if len(coming) == self.parts.workers:
+                break
+        for worker, version in coming.items():
+            if version == self.step:
+                self._hold(worker)
+            elif version < self.step and version != int(self.state.worker["held_version"][0, worker]):
+                raise self._lost_log()
+
+    def _open(self) -> None:
+        """Start the workers and wait until all are up: the first would be alone for a while."""
+        task, reply = task_layout(self), reply_layout(self)
+        sizes = HEADER_BYTES + task.size, HEADER_BYTES + max(reply.size, TEXT_BYTES)
+        crewing = Crewing(self.parts.workers, self._worker, *sizes, modules=self._modules())
+        self.crew = Crew(self.hub, crewing, task, reply, self.limits, self.note)
+        self.crew.open()
+        while self.crew.starting:
+            self.crew.next()
+        self._started = time.monotonic() - (self.log[-1].time_s if self.log else 0.0)
 
     def _modules(self) -> tuple[str, ...]:
         """What every worker imports; the first optimizer of a process imports ``torch._dynamo``, which is slow."""
         return "torch", "torch._dynamo", __name__, getattr(self.build, "func", self.build).__module__
 
-    def _serve(self, worker: int) -> Callable[[Link], None]:
-        return partial(serve, worker=worker, build=self.build, plan=self.plan)
+    def _worker(self, worker: int) -> Worker:
+        return Worker(worker, self.build, self.plan, self.replica)
 
-    def _send_params(self, worker: int, version: int) -> None:
-        self.hub.send(worker, (version, _to_arrays(self.state.params)))
+    def _hold(self, worker: int) -> None:
+        """The current weights are what ``worker`` has read."""
+        torch._foreach_copy_(self._held[worker], list(self.state.params.values()))
+        self.state.worker["held_version"][:, worker] = self.step
+
+    def _hand_out(self) -> None:
+        """Tasks to whoever is free, as many as are still needed."""
+        asked = self.crew.busy + len(self._arrived)
+        left = (self.plan.stop - self.step) * self.quorum - asked
+        if left <= 0:
+            return
+        done = self.state.worker["cursor"][0].tolist()
+        ahead = max(done) if self.bound is None else min(done) + self.bound
+        for worker in [w for w in self.crew.idle if w not in self._arrived and done[w] <= ahead][:left]:
+            self._hold(worker)
+            batch = done[worker]
+            seconds = 0.0 if self._sleeps is None else float(self._sleeps[min(batch, len(self._sleeps) - 1), worker])
+            number, self._next_number = self._next_number, self._next_number + 1
+            task = Header(TASK, number, self.step, batch, self._numbers[worker], seconds)
+            self.crew.give(worker, task, {"params": self.state.params, "buffers": self._buffers_of(worker)})
+
+    def _buffers_of(self, worker: int) -> Tree:
+        own = self.state.worker.get("buffers")
+        return self.state.buffers if own is None else tree_map(lambda b: b[:, worker], own)
 
     def round(self) -> Round:
-        """Waits for the next gradient."""
-        worker, version, found = self._receive()
-        like = {"grads": self.state.params, "buffers": self.state.buffers, "loss": None, "accuracy": None}
-        self._arrived = Grads(**_to_tensors(found, like))
-        self.log.append(Tick((worker,), (version,), time.monotonic() - self._started))
-        return Round(np.array([[worker]]), np.array([[version]]), np.array([self.log[-1].time_s]))
+        """Waits for the next ``quorum`` gradients, and logs whose they are."""
+        if self.step < len(self._again):
+            return self._round_of(self._again[self.step])
+        self._hand_out()
+        while len(self._arrived) < self.quorum:
+            found = self.crew.next()
+            if found is not None and self._can_be_used(found):
+                self.crew.accept(found.worker)
+                self._arrived[found.worker] = found
+            self._hand_out()
+        entry = self._enter()
+        return self._round_of(entry)
 
-    def _receive(self) -> tuple[int, int, Any]:
-        """(worker, version read, gradients and so on as arrays) of the next message."""
-        worker, (version, found, error) = self.hub.receive()
-        if error is not None:
-            raise StudyError(f"worker {worker} failed at update {self.step}: {error}")
-        return worker, version, found
+    def _enter(self) -> Entry:
+        chosen = [self._arrived.pop(worker) for worker in sorted(self._arrived)]
+        keep = self.step % self.parts.every == 0 or bool(self.measuring.due(self.step))
+        self._now = [_grads(g.found.tree, keep) for g in chosen]
+        tasks = [g.task for g in chosen]
+        entry = Entry(
+            self.step,
+            tuple(g.worker for g in chosen),
+            tuple(t.version for t in tasks),
+            tuple(t.batch for t in tasks),
+            tuple(t.number for t in tasks),
+            time.monotonic() - self._started,
+        )
+        if self.journal is not None:
+            self.journal.append(entry)
+        self.log.append(entry.tick())
+        for worker, number in zip(entry.workers, entry.numbers, strict=True):
+            self._numbers[worker] = number
+        return entry
+
+    def _round_of(self, entry: Entry) -> Round:
+        return Round(np.array([entry.workers]), np.array([entry.versions]), np.array([entry.time_s]))
+
+    def _can_be_used(self, gradient: Gradient) -> bool:
+        """Whether it is finite; or not, and rightly so. Else the worker is asked again."""
+        worker, task, found = gradient
+        if _finite(found.whole):
+            return True
+        now = Round(np.array([[worker]]), np.array([[task.version]]), np.zeros(1))
+        again = super()._work(now, 0)
+        if not _finite([*again.grads.values(), again.loss]):
+            return True
+        self.crew.repeat(worker, f"returned a gradient with NaN or infinity for task {task.number}, which is finite")
+        return False
 
     def _work(self, now: Round, k: int) -> Grads:
-        assert self._arrived is not None
-        return self._arrived
+        return super()._work(now, k) if self.step < len(self._again) else self._now[k]
 
     def view(self, versions: np.ndarray) -> Tree:
-        return self.state.params
+        """The weights that a worker holds at this version."""
+        held = torch.nonzero(self.state.worker["held_version"][0] == int(versions[0]))
+        worker = int(held[0, 0])
+        return tree_map(lambda t: t[:, worker], self.state.worker["held"])
+
+    def lateness(self, now: Round) -> dict[str, Tensor]:
+        """See :func:`~descentlab.engine.lateness.lateness`."""
+        return lateness(self, now)
 
     def after_update(self) -> None:
-        if self.step + 1 < self.plan.stop:
-            self._send_params(self.log[-1].workers[0], self.step + 1)
+        """The next tasks go out before the update is recorded, so that nobody waits for measurements."""
+        if self.step + 1 > len(self._again):
+            self.step += 1
+            self._hand_out()
+            self.step -= 1
+
+    def before_checkpoint(self) -> None:
+        """A checkpoint never knows of an update that the log on the disk does not."""
+        if self.journal is not None:
+            self.journal.sync()
 
 
-def train(plan: BlockPlan, build: Build, *, timeout_s: float = 120.0) -> tuple[State, list[Tick]]:
-    """Run to the end: (final state, log of updates)."""
-    server = ParameterServer(plan, build(), build=build, hub=LocalProcesses(timeout_s))
+def _grads(found: Tree, keep: bool) -> Grads:
+    """``keep``: gradients are looked at after the worker was given its next task, so they are copied out of the message;
+    what the driver reads then is copied always."""
+    grads = clone(found["grads"]) if keep else found["grads"]
+    return Grads(grads, found["buffers"], found["loss"].clone(), found["accuracy"].clone())
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every number is; the sum tells almost always, and it is one pass."""
+    numbers = [t for t in tensors if t.is_floating_point()]
+    if all(math.isfinite(t.sum().item()) for t in numbers):
+        return True
+    return all(bool(torch.isfinite(t).all()) for t in numbers)
+
+
+def train(
+    plan: BlockPlan, build: Build, *, timeout_s: float = 120.0, restarts: int = 0, quorum: int = 1
+) -> tuple[State, list[Tick]]:
+    """Run to the end on processes of this machine: (final state, log of updates)."""
+    server = ParameterServer(
+        plan,
+        build(),
+        build=build,
+        hub=LocalProcesses(timeout_s),
+        limits=Limits(timeout_s, timeout_s, restarts),
+        quorum=quorum,
+    )
     for _ in server.run():
         pass
     return server.state, server.log
-
-
-def _to_arrays(tree: Any) -> Any:
-    """Tensors as numpy arrays, exact; a pickled tensor would travel through shared memory instead."""
-    if isinstance(tree, dict):
-        return {k: _to_arrays(v) for k, v in tree.items()}
-    return tree.detach().cpu().numpy()
-
-
-def _to_tensors(tree: Any, like: Any) -> Any:
-    """The inverse, on the devices of ``like`` (None: the CPU)."""
-    if isinstance(tree, dict):
-        return {k: _to_tensors(v, like[k]) for k, v in tree.items()}
-    return torch.from_numpy(tree).to("cpu" if like is None else like.device)

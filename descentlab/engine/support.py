@@ -14,11 +14,13 @@ _PROCESS = {
     "use engine virtual",
     "arm": "a parameter server does not stop the workers that go on computing on what an arm takes back; "
     "use engine virtual",
-    "timeline": "the parameter server's staleness is whatever its processes happen to do; use engine virtual",
-    "staleness_rule": "the parameter server keeps no older weights for a rule to compare with; use engine virtual",
+    "timeline": "staleness of real processes is whatever happens; use engine virtual, or timeline asynchronous, bounded, "
+    "softsync or barrier",
     "compressor": "not supported by the parameter server yet; use engine virtual",
     "policy": "the parameter server sends gradients whole; use engine virtual",
 }
+
+_REAL_TIMELINES = ("timeline:asynchronous", "timeline:bounded", "timeline:softsync", "timeline:barrier")
 
 
 def refusal(engine: str, conditions: Iterable[str]) -> str | None:
@@ -42,6 +44,6 @@ def refusal(engine: str, conditions: Iterable[str]) -> str | None:
     for room, condition in chosen.items():
         if engine == "lockstep" and condition != "timeline:barrier" and room in _LOCKSTEP:
             return f"{condition}: {_LOCKSTEP[room]}"
-        if engine == "process" and room in _PROCESS:
+        if engine == "process" and room in _PROCESS and condition not in _REAL_TIMELINES:
             return f"{condition}: {_PROCESS[room]}"
     return None

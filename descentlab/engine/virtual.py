@@ -8,11 +8,44 @@ from typing import final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.protocols import Tick, Timeline
 from ..core.state import State
 from ..core.tree import Tree, tree_map
 from .driver import Engine, Round
+from .lateness import lateness
+
+
+@dataclass(frozen=True)
+class Table:
+    """The updates of several replicates: workers and versions ``[R, T, K]`` (-1 where an update has fewer than K
+    contributions), times ``[R, T]``, and which row each replicate has."""
+
+    rows: dict[int, int]
+    workers: np.ndarray
+    versions: np.ndarray
+    time_s: np.ndarray
+    counts: np.ndarray  # contributions of each update, [R, T]
+
+    @classmethod
+    def of(cls, ticks: dict[int, Sequence[Tick]]) -> Table:
+        """From one sequence of ticks per replicate; shorter ones are filled up."""
+        steps = max(map(len, ticks.values()), default=0)
+        most = max((len(tick.workers) for table in ticks.values() for tick in table), default=1)
+        workers = np.full((len(ticks), steps, most), -1, dtype=np.int32)
+        versions, time_s = workers.copy(), np.zeros((len(ticks), steps))
+        counts = np.zeros((len(ticks), steps), dtype=np.int32)
+        for row, table in enumerate(ticks.values()):
+            for t, tick in enumerate(table):
+                n = counts[row, t] = len(tick.workers)
+                workers[row, t, :n], versions[row, t, :n], time_s[row, t] = tick.workers, tick.versions, tick.time_s
+        return cls({replicate: i for i, replicate in enumerate(ticks)}, workers, versions, time_s, counts)
+
+    def largest_staleness(self) -> int:
+        """Updates since the weights of any contribution were read, at most."""
+        steps = np.arange(self.versions.shape[1])[None, :, None]
+        return int(np.where(self.versions >= 0, steps - self.versions, 0).max(initial=0))
 
 
 @final
@@ -21,7 +54,8 @@ class Virtual(Engine):
     """W workers per member with exact staleness; the table of updates is computed before the first one.
 
     The last S versions of the parameters, S = largest staleness + 1, are kept in ``state.worker["ring"]`` (name ->
-    ``[M, S, …]``, version v in place v mod S), so whatever copies, forks or stores a state carries them along.
+    ``[M, S, …]``, version v in place v mod S), so whatever copies, forks or stores a state carries them along. Where
+    nothing is ever stale there is no ring.
 
     A planned perturbation of worker w at update t is realised while w computes the gradient that update t applies.
     A plan in which w does not contribute to update t is refused (``cluster.timeline.place`` moves it to the next turn).
@@ -30,9 +64,8 @@ class Virtual(Engine):
     timeline: Timeline = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        self._table = self._ticks()
-        lags = (lag for ticks in self._table.values() for t, tick in enumerate(ticks) for lag in tick.staleness(t))
-        self.versions_kept = 1 + max(lags, default=0)
+        self._table = Table.of(self._ticks())
+        self.versions_kept = 1 + self._table.largest_staleness()
         super().__post_init__()
 
     def _ticks(self) -> dict[int, Sequence[Tick]]:
@@ -53,24 +86,31 @@ class Virtual(Engine):
     def initial_state(self) -> State:
         state = super().initial_state()
         s = self.versions_kept
-        state.worker["ring"] = tree_map(lambda p: p.unsqueeze(1).repeat(1, s, *[1] * (p.dim() - 1)), state.params)
+        if s > 1:
+            state.worker["ring"] = tree_map(lambda p: p.unsqueeze(1).repeat(1, s, *[1] * (p.dim() - 1)), state.params)
         return state
 
     def round(self) -> Round:
-        ticks = [self._table[slot.replicate][self.step] for slot in self.slots]
-        if len({len(tick.workers) for tick in ticks}) > 1:
+        table, rows = self._table, [self._table.rows[replicate] for replicate in self.replicates.tolist()]
+        counts = table.counts[rows, self.step]
+        if (counts != counts[0]).any():
             raise ValueError(f"update {self.step}: replicates differ in the number of contributing workers")
-        return Round(
-            np.array([tick.workers for tick in ticks], dtype=np.int64),
-            np.array([tick.versions for tick in ticks], dtype=np.int64),
-            np.array([tick.time_s for tick in ticks]),
-        )
+        k = int(counts[0])
+        workers, versions = (a[rows, self.step, :k].astype(np.int64) for a in (table.workers, table.versions))
+        return Round(workers, versions, table.time_s[rows, self.step])
 
     def view(self, versions: np.ndarray) -> Tree:
         if (versions == self.step).all():
             return self.state.params
-        rows, place = torch.arange(len(versions)), torch.from_numpy(versions % self.versions_kept)
-        return tree_map(lambda ring: ring[rows, place], self.state.worker["ring"])
+        place = versions % self.versions_kept
+        if (place == place[0]).all():  # no copy
+            return tree_map(lambda ring: ring[:, place[0]], self.state.worker["ring"])
+        rows, at = torch.arange(len(versions)), torch.from_numpy(place)
+        return tree_map(lambda ring: ring[rows, at], self.state.worker["ring"])
+
+    def lateness(self, now: Round) -> dict[str, Tensor]:
+        """See :func:`~descentlab.engine.lateness.lateness`."""
+        return lateness(self, now)
 
     def after_update(self) -> None:
         self._store(self.step + 1)
@@ -79,9 +119,11 @@ class Virtual(Engine):
         self._store(self.step)
 
     def _store(self, version: int) -> None:
-        place = version % self.versions_kept
-        for name, ring in self.state.worker["ring"].items():
-            ring[:, place] = self.state.params[name]
+        if "ring" not in self.state.worker:
+            return
+        place, params = version % self.versions_kept, self.state.params
+        rings = [ring[:, place] for ring in self.state.worker["ring"].values()]
+        torch._foreach_copy_(rings, [params[name] for name in self.state.worker["ring"]])
 
 
 def _check(ticks: Sequence[Tick], workers: int) -> None:

@@ -55,6 +55,8 @@ def run(
     if launcher == "slurm" and tuning.asked(resolved):
         raise UserError("tune", "grid", "none beside --launcher slurm: the comparison waits for the choice")
     if launcher == "slurm":
+        if hasattr(importlib.import_module(resolved.study.module), "run_stage"):
+            raise UserError("--launcher", "slurm", "pool or local: the stages of this study wait for each other")
         check_slurm(profile or Profile())
     if len(resolved.runs) > RUNS_WITHOUT_ASKING and not yes:
         raise UserError("runs", len(resolved.runs), f"at most {RUNS_WITHOUT_ASKING} without -y")
@@ -254,6 +256,10 @@ def estimate(resolved: Resolved) -> list[str]:
             f"descentlab fetch {absent[0]} gets the data",
         ]
     plan, _ = make_plan(resolved, {})
+    if "program" in plan:
+        from .staged import summary
+
+        return [f"{len(resolved.runs)} runs in {len(resolved.cells)} cells", *summary(plan)]
     units = sum(b["member_steps"] for b in plan["blocks"])
     cost = _seconds_per_unit(plan)
     processes = min(_processes(resolved), len(plan["blocks"]))

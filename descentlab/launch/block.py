@@ -24,6 +24,7 @@ from ..store.claim import Claim, take
 from ..store.moments import moments_file
 from .build import build_parts, with_takeover
 from .compiled import as_planned
+from .conditions import timeline_of
 from .memory import naming_the_knob
 from .plan import SEMANTICS, Block, read_block
 
@@ -62,8 +63,10 @@ def build_engine(
     step: int,
     recorder: Recorder,
     ended: Mapping[str, Any] = MappingProxyType({}),
+    folder: Path | None = None,
 ) -> Engine:
-    """The engine the block's study asked for, at the given state; ``ended``: as :class:`Stopping` saved it."""
+    """The engine the block's study asked for, at the given state; ``ended``: as :class:`Stopping` saved it. ``folder``:
+    the block's, for an engine that keeps a log of its own."""
     own = [type(cell).model_validate({**block.settings, **_with_lr(v, cell)}) for v in block.variants]
     parts = build_parts(cell, block.plan.route, own, block.update)
     if leading := sorted({run.prefix.variant for run in block.plan.runs if run.prefix}):
@@ -74,9 +77,15 @@ def build_engine(
         parts.observables = [*parts.observables, recorder]
     if block.engine == "lockstep":
         return Lockstep(block.plan, parts, state, step, recorder)  # type: ignore[arg-type]
+    if block.engine == "process":
+        from .processes import parameter_server
+
+        return parameter_server(block, cell, parts, own, state, step, recorder, folder)
     from ..engine.virtual import Virtual
 
-    return Virtual(block.plan, parts, state, step, recorder, timeline=cell.timeline.build())  # type: ignore[arg-type]
+    params, _ = parts.fresh(0)
+    timeline = timeline_of(cell, sum(p.numel() * p.element_size() for p in params.values()))
+    return Virtual(block.plan, parts, state, step, recorder, timeline=timeline)  # type: ignore[arg-type]
 
 
 def make_recorder(cell: Any, **state: Any) -> Recorder:
@@ -118,6 +127,9 @@ def run_block(
         plan = _plan_of(directory)
         if key not in {b["key"] for b in plan.get("blocks", [])}:  # cut into smaller ones since it was handed out
             return "elsewhere"
+        entry = next(b for b in plan["blocks"] if b["key"] == key)
+        if "stage" in entry:
+            return _stage(directory, entry, plan, claim, tick, stop)
         block, cell = open_block(directory, key)
         ids = [run.id for run in block.plan.runs]
         writer = BlockWriter(directory, key, semantics=SEMANTICS, runs=ids, steps=block.plan.stop)
@@ -131,6 +143,32 @@ def run_block(
             with suppress(StudyError):  # the disk is full: then that is what is said
                 writer.fail(one_line(error))
             raise
+
+
+def _stage(
+    directory: RunDirectory,
+    entry: dict[str, Any],
+    plan: dict[str, Any],
+    claim: Claim,
+    tick: Callable[[int], None],
+    stop: Callable[[], bool],
+) -> str:
+    """A block of a study of several stages."""
+    from .staged import run_stage
+
+    writer = BlockWriter(directory, entry["key"], semantics=SEMANTICS, runs=entry["runs"], steps=entry["steps"])
+    if writer.is_done:
+        return "done"
+    module, _, name = plan["spec"].partition(":")
+    cell = getattr(importlib.import_module(module), name).model_validate(entry["settings"])
+    program = importlib.import_module(plan["program"])
+    try:
+        with naming_the_knob(f"stage {entry['stage']} with {len(entry['runs'])} runs"), as_planned(plan, cell.dtype):
+            return run_stage(program, cell, entry, directory, writer, claim, tick, stop)
+    except Exception as error:
+        with suppress(StudyError):
+            writer.fail(one_line(error))
+        raise
 
 
 def one_line(error: BaseException) -> str:
@@ -156,7 +194,7 @@ def _train(
         state = State.from_state_dict(held["state"])
         recorder = make_recorder(cell, clock_s=held["wall_s"], diverged=dict(held["diverged"]))
         ring, ended = held["ring"], held.get("ended", {})
-    engine = build_engine(block, cell, state, step, recorder, ended)
+    engine = build_engine(block, cell, state, step, recorder, ended, writer.folder)
     if engine.guard is not None:
         engine.guard.load(ring, block.plan)
     own = [variant["optimizer"]["name"] if variant else cell.optimizer.name for variant in block.variants]
@@ -172,6 +210,7 @@ def _train(
             held["ring"] = engine.guard.state_dict() if engine.guard is not None else {}
             if engine.parts.stopping is not None:
                 held["ended"] = engine.parts.stopping.state_dict()
+            engine.before_checkpoint()
             writer.checkpoint(held, engine.step)
             due = time.monotonic() + cell.checkpoint_s
         elif len(recorder) >= ROWS_HELD:

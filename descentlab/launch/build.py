@@ -34,7 +34,7 @@ from ..workloads.loading import load_data
 from ..workloads.models.mlp import MLP
 from .arms import arm_of, with_switch
 from .conditions import conditions
-from .harness import counted, cut, equip, inferred_of, schedules_of, start_streams, update_of
+from .harness import counted, cut, dealt, equip, inferred_of, schedules_of, start_streams, update_of
 from .memory import bytes_per_member, free_bytes, is_out_of_memory
 from .packing import Update
 
@@ -144,7 +144,7 @@ def data_order(cell: StudySpec, samples: int = 1000) -> str:
 
 
 def _sampler(cell: StudySpec, data: Data, streams: Streams) -> Sampler:
-    return counted(cell, cell.sampler.build()(len(data.x_train), cell.batch_size, streams))
+    return counted(cell, dealt(cell, data, streams))
 
 
 def _module(work: Workload, streams: Streams) -> nn.Module:

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..cluster.pace import Pace
 from ..comm.dense import Dense
+from ..comm.worker_momentum import WorkerMomentum
 from ..core.errors import UserError
-from ..core.protocols import Compressor, RankPolicy, StalenessRule
+from ..core.protocols import Compressor, RankPolicy, StalenessRule, Timeline
 from ..core.specs import External
 
 METHODS: dict[str, tuple[str, ...]] = {
     "timeline": ("ticks",),
     "timeline.delay": ("seconds",),
+    "delay": ("seconds",),
     "staleness_rule": ("adjust",),
     "compressor": ("start", "exchange", "resize"),
     "compressor.policy": ("rank",),
@@ -36,7 +39,23 @@ def conditions(cell: Any) -> Conditions:
         UserError: a ``module:Class`` that cannot be made with its options, or lacks a method it has to have.
     """
     made = {path: _made(cell, path) for path in METHODS}
-    return Conditions(made["compressor"] or Dense(), made["staleness_rule"], made["compressor.policy"])
+    compressor = made["compressor"] or Dense()
+    if getattr(cell, "worker_momentum", 0.0):
+        compressor = WorkerMomentum(compressor, cell.worker_momentum)
+    return Conditions(compressor, made["staleness_rule"], made["compressor.policy"])
+
+
+def timeline_of(cell: Any, weights_bytes: int) -> Timeline:
+    """The timeline of a cell; in a study with a delay and costs of its own, at that pace.
+
+    ``weights_bytes``: the size of a message where the settings name none.
+    """
+    if not hasattr(cell, "cost") or isinstance(cell.timeline, External):
+        return _made(cell, "timeline")
+    cost = cell.cost
+    size = cost.message_bytes or weights_bytes
+    pace = Pace(_made(cell, "delay"), cost.compute_s, cost.latency_s, cost.bytes_per_s, cost.shared_link, size)
+    return cell.timeline.paced(pace, cell.workers)
 
 
 def check_classes(cell: Any) -> None:

@@ -55,12 +55,16 @@ def execute(
     deadline = time.monotonic() + wait_s
     with Progress(remaining(Path(directory.path), first), directory.study) as progress:
         while not stop():
-            left = [b for b in pending(directory, wanted) if b["key"] not in final and b["key"] not in skip]
+            undone = pending(directory, wanted)
+            left = [b for b in undone if b["key"] not in final and b["key"] not in skip]
             owners = {b["key"]: owner for b in left if (owner := holder(directory.path, b["key"])) is not None}
             for key in seen - owners.keys():
                 if (message := _failure(directory, key)) is not None and any(b["key"] == key for b in left):
                     final[key] = Outcome(key, "failed", message)
-            free = [b["key"] for b in left if b["key"] not in owners and b["key"] not in final]
+            final |= _beyond_reach(undone, final)
+            ahead = {b["key"] for b in undone}
+            ready = [b for b in left if b["key"] not in final and ahead.isdisjoint(_needs(b))]
+            free = [b["key"] for b in ready if b["key"] not in owners]
             _say_who(owners, seen, left)
             if free:
                 outcomes = _round(directory, free, work, progress.tick)
@@ -68,10 +72,26 @@ def execute(
                 if any(o.state != "elsewhere" for o in outcomes):
                     deadline = time.monotonic() + wait_s
                     continue
-            if not left or time.monotonic() >= deadline:
+            if all(b["key"] in final for b in left) or time.monotonic() >= deadline:
                 break
             time.sleep(POLL_S)
     return list(final.values())
+
+
+def _needs(block: dict[str, Any]) -> set[str]:
+    """Keys of the blocks of earlier stages that a block continues."""
+    return {key for keys in block.get("needs", {}).values() for key in keys}
+
+
+def _beyond_reach(undone: Sequence[dict[str, Any]], final: dict[str, Outcome]) -> dict[str, Outcome]:
+    """Blocks that will never begin because one they continue has failed here."""
+    stages = {b["key"]: b.get("stage", "") for b in undone}
+    return {
+        b["key"]: Outcome(b["key"], "failed", f"not begun: stage {stages[key]} before it failed")
+        for b in undone
+        for key in _needs(b)
+        if b["key"] not in final and key in final and key in stages
+    }
 
 
 def _round(directory: RunDirectory, keys: list[str], work: Work, tick: Tick) -> list[Outcome]:

@@ -14,14 +14,17 @@ from ..core.protocols import Apply, Observable
 from ..core.streams import Streams
 from ..core.tree import Tree
 from ..engine.accumulation import Accumulating
+from ..engine.local_steps import LocalSteps
 from ..engine.parts import Parts
 from ..engine.stopping import Stopping
 from ..observe.sets import OnSet
 from ..observe.training import TestSet
 from ..optim.averaging import averaged
+from ..optim.specs import NoAverage
 from ..optim.stacked import Rule
 from ..optim.wrapped import BiasDecay, Clipped, with_decay
 from ..workloads.base import Data
+from ..workloads.partition import Partitioned
 from ..workloads.sampler import with_epochs
 from ..workloads.slices import sliced
 
@@ -36,6 +39,17 @@ def inferred_of(data: Data, module: nn.Module) -> dict[str, Any]:
     samples = dict(zip(("train", "validation", "test"), data.n, strict=True))
     weights = sum(p.numel() for p in module.parameters())
     return {"samples": samples, "classes": data.classes, "input_shape": list(data.shape), "parameters": weights}
+
+
+def dealt(cell: Any, data: Data, streams: Streams) -> Any:
+    """The sampler of a cell: of all samples, or of those its ``partition`` gives to each worker; with ``local_steps``
+    a batch holds as many batches."""
+    n, batch_size = len(data.x_train), cell.batch_size * getattr(cell, "local_steps", 1)
+    partition = cell.partition.build() if hasattr(cell, "partition") else None
+    if partition is None:
+        return cell.sampler.build()(n, batch_size, streams)
+    labels = data.y_train.numpy(force=True)
+    return Partitioned(lambda replicate: partition(labels, cell.workers, streams, replicate), n, batch_size, streams)
 
 
 def counted(cell: Any, sampler: Any) -> Any:
@@ -68,7 +82,12 @@ def start_streams(cell: Any, streams: Streams) -> Streams:
 
 
 def equip(cell: Any, parts: Parts, data: Data) -> Parts:
-    """The parts of a training cell; those of any other study as they are."""
+    """The parts of a training cell, or of one with workers that train by themselves; any others as they are."""
+    if hasattr(cell, "local_steps"):
+        if cell.local_steps > 1:
+            parts.many = LocalSteps(parts.many, cell.local_steps, cell.local_lr)
+        parts.on_schedule = _evaluations(cell, parts, data)
+        return parts
     if not hasattr(cell, "accumulation"):
         return parts
     epoch = cell.evaluate_epochs and cell.evaluate_epochs * parts.sampler.steps_per_epoch
@@ -102,7 +121,8 @@ def _evaluations(cell: Any, parts: Parts, data: Data) -> list[Observable]:
     for part in cell.evaluate_on:
         if not len(sets[part][0]):
             raise UserError("evaluate_on", cell.evaluate_on, f"sets with samples; '{data.name}' has no {part} samples")
-    has_average, only = cell.averaging.name != "none", bool(getattr(cell.averaging, "only", False))
+    averaging = getattr(cell, "averaging", NoAverage())
+    has_average, only = averaging.name != "none", bool(getattr(averaging, "only", False))
     found: list[Observable] = [o for o in parts.on_schedule if not (only and isinstance(o, TestSet))]
     for part in cell.evaluate_on:
         name, args = names.get(part, part), (sets[part], parts.evaluator)

@@ -2,13 +2,14 @@
 
 Cells that differ only in their fault form a *group*: a perturbed run and its twin share a prefix. On the ``vmap`` route
 groups that differ only in numbers the update takes per member, and in the learning-rate schedule, form an *ensemble*;
-elsewhere an ensemble is one group. Ensembles are cut into blocks of whole (group, replicate) units.
+elsewhere an ensemble is one group. Small ensembles that differ in their optimizer alone are :func:`merged`. Ensembles are
+cut into blocks of whole (group, replicate) units.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -116,6 +117,32 @@ class Ensemble:
         self.cells.update(cells)
         self.stages.update(stages)
 
+    def rivals(self) -> str | None:
+        """What ensembles have in common that may train side by side though their optimizers are of several classes;
+        None where this one trains by itself.
+
+        It does where something looks at all slots of the state, those of its neighbours' optimizers among them.
+        """
+        cells = {id(cell): cell for cell in self.cells.values()}.values()
+        if self.route != "vmap" or self.memory or any(led(cell) or not _remembers(cell.optimizer) for cell in cells):
+            return None
+        if any(_slots_looked_at(cell) for cell in cells):
+            return None
+        shared = canonical(_without(next(iter(cells)), "fault", "schedule", "optimizer"))
+        return canonical([shared, self.engine, self.share_prefix, self.most])
+
+    def settings_count(self) -> int:
+        """Distinct settings of its cells, rates included."""
+        cells = {id(cell): cell for cell in self.cells.values()}.values()
+        return len({canonical([variant_of(cell), cell.optimizer.lr]) for cell in cells})
+
+    def absorb(self, other: Ensemble) -> None:
+        """Train the groups of ``other`` too."""
+        self.cells.update(other.cells)
+        self.stages.update(other.stages)
+        self.units += other.units
+        self.faulted = self.faulted or other.faulted
+
     def blocks(self) -> list[list[RunPlan]]:
         """The runs of each block, members of equal settings side by side, with their variant and group in it."""
         cells = {id(cell): cell for cell in self.cells.values()}
@@ -155,6 +182,34 @@ class Ensemble:
         if self.faulted is None:
             return own
         return {**self.faulted.model_dump(mode="json"), "optimizer": own["optimizer"], "schedule": own["schedule"]}
+
+
+def _remembers(optimizer: Any) -> bool:
+    """Whether a shipped optimizer keeps slots; a third party's is asked nothing and counts as one that does not."""
+    return isinstance(optimizer, TorchOption) and not (optimizer.name == "sgd" and optimizer.momentum == 0)  # type: ignore[attr-defined]
+
+
+def _slots_looked_at(cell: Any) -> bool:
+    """Whether an arm, an event or a third party's observable looks at whatever slots there are."""
+    arm, fault = getattr(cell, "arm", None), getattr(cell, "fault", None)
+    return bool(cell.observe.extra) or getattr(arm, "name", "none") != "none" or getattr(fault, "target", "") == "slot"
+
+
+def merged(ensembles: Iterable[Ensemble]) -> list[Ensemble]:
+    """Ensembles that differ in their shipped optimizers alone as one, while it has at most :data:`SLICES` settings: of
+    so many each is a slice of its own, whatever its class."""
+    found: list[Ensemble] = []
+    open_ones: dict[str, Ensemble] = {}
+    for ensemble in ensembles:
+        text, count = ensemble.rivals(), ensemble.settings_count()
+        host = open_ones.get(text) if text is not None else None
+        if host is not None and host.settings_count() + count <= SLICES:
+            host.absorb(ensemble)
+            continue
+        found.append(ensemble)
+        if text is not None:
+            open_ones[text] = ensemble
+    return found
 
 
 def pack(units: Sequence[list[RunPlan]], most: int) -> list[list[RunPlan]]:

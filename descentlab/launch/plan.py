@@ -23,7 +23,7 @@ from .arms import check_arm
 from .build import Site, plan_fault, survey
 from .conditions import check_classes, conditions
 from .memory import members_at_most
-from .packing import Ensemble, Update, choose_update, ensemble_text, group_text, led, settings_text
+from .packing import Ensemble, Update, choose_update, ensemble_text, group_text, led, merged, settings_text
 
 SEMANTICS = 1  # raised when the same plan would compute something else
 
@@ -32,7 +32,7 @@ class Program(Protocol):
     """What a study's ``program`` module says about one cell."""
 
     def engine(self, cell: Any) -> str:
-        """``lockstep`` or ``virtual``."""
+        """``lockstep``, ``virtual`` or ``process``."""
         ...
 
     def horizon(self, cell: Any, planned: Sequence[Planned]) -> tuple[int, int]:
@@ -70,6 +70,14 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
     ``known`` is the plan already on disk: its blocks stay as they are, only runs it does not hold are packed anew.
     """
     program = program_of(resolved.study)
+    spec = f"{resolved.study.spec.__module__}:{resolved.study.spec.__qualname__}"
+    _check_route(known)
+    if hasattr(program, "run_stage"):
+        from .staged import staged_plan
+
+        blocks = staged_plan(resolved, known, program)
+        plan = {"semantics": SEMANTICS, "spec": spec, "program": resolved.study.module, "threads_per_process": 1}
+        return {**plan, "blocks": blocks}, []
     held = {run for block in known.get("blocks", []) for run in block["runs"]}
     blocks, campaign = list(known.get("blocks", [])), []
     texts = [group_text(cell) for cell in resolved.cells]
@@ -96,16 +104,15 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
         text = ensemble_text(first, site.route)
         if text not in ensembles:
             share = bool(getattr(first, "share_prefix", True))
-            most, memory = members_at_most(site.route, first.members_per_block, site.bytes_per_member, site.free_bytes)
+            asked = 1 if program.engine(first) == "process" else first.members_per_block  # a server has one run
+            most, memory = members_at_most(site.route, asked, site.bytes_per_member, site.free_bytes)
             ensembles[text] = Ensemble(site.route, program.engine(first), share, most, memory, site.inferred)
         ensemble = ensembles[text]
         ensemble.faulted = ensemble.faulted or next((c for c in cells.values() if _faulted(c)), None)
         plans = [_run_plan(program, cells[r.cell], r, planned) for r in runs if r.id not in held]
         ensemble.add(plans, {r.id: cells[r.cell] for r in runs}, _stages(program, cells, runs))
-    for ensemble in ensembles.values():
+    for ensemble in merged(ensembles.values()):
         blocks += [_block_json(ensemble, members) for members in ensemble.blocks()]
-    _check_route(known)
-    spec = f"{resolved.study.spec.__module__}:{resolved.study.spec.__qualname__}"
     return {"semantics": SEMANTICS, "spec": spec, "threads_per_process": 1, "blocks": blocks}, _unique(campaign)
 
 
@@ -135,6 +142,10 @@ def _check_supported(engine: str, cell: Any) -> None:
     if policy is not None:
         chosen["policy"] = policy.name
     reason = refusal(engine, {f"{room}:{name}" for room, name in chosen.items()})
+    if reason is None and engine == "process":
+        from .processes import check_process
+
+        check_process(cell)
     if reason is not None:
         raise UserError("engine", engine, f"an engine that runs {', '.join(chosen.values())}", hint=reason)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.flat import base_of, joined, side_by_side, split
 from ..core.state import State
 from ..core.tree import Tree, clone
 from .eager import construct, step
@@ -41,6 +42,8 @@ TORCH_CLASSES = {
     "adagrad": "Adagrad",
     "adadelta": "Adadelta",
 }
+ALL = "*"
+KNOWN = frozenset(getattr(torch.optim, name) for name in TORCH_CLASSES.values())  # checked by tests, not by every run
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class _Bound:
     first: int
     last: int
     optimizer: torch.optim.Optimizer
-    views: dict[str, Tensor]
+    views: dict[str, Tensor]  # by name; of weights that lie side by side all in one, by the name ALL
 
 
 @dataclass
@@ -108,7 +111,8 @@ class StackedOptimizer:
     ``separate`` forces member-by-member updates; None decides by the member check. ``rules``: those that members can
     have, ``rule`` alone where empty; :meth:`assign` says which is whose. Rules of several classes see their own slots
     only. Different learning rates inside a slice are met by rescaling the displacement, or with ``by_rate`` by slices
-    of one rate each, which is exact.
+    of one rate each, which is exact. Weights that lie side by side (:mod:`descentlab.core.flat`) are one tensor to a
+    shipped rule, which treats every element alike.
     """
 
     rule: Rule
@@ -119,6 +123,8 @@ class StackedOptimizer:
     _scalars: frozenset[str] = frozenset()
     _own: list[frozenset[str]] = field(default_factory=list, repr=False)  # slots of each rule where they differ
     _linear: bool = True
+    _flat: bool = False  # whether the rules take weights that lie side by side as one tensor
+    _whole: dict[str, tuple[Tree, Tree]] = field(default_factory=dict, repr=False)  # slot -> its tree, and that as ALL
     _bound: list[_Bound] = field(default_factory=list, repr=False)
     _owner: tuple[Tree, Tree, list[int], list[tuple[int, int]]] | None = field(default=None, repr=False)
 
@@ -127,10 +133,12 @@ class StackedOptimizer:
         if self.separate is None:
             from .member_check import linear_in_lr, mixes_members
 
-            self.separate = any(mixes_members(rule) for rule in self.rules)
-            self._linear = self.separate or all(linear_in_lr(rule) for rule in self.rules)
+            asked = [rule for rule in self.rules if rule.cls not in KNOWN]
+            self.separate = any(mixes_members(rule) for rule in asked)
+            self._linear = self.separate or all(linear_in_lr(rule) for rule in asked)
         if not self.separate:
             self._scalars = frozenset().union(*(scalar_slots(rule) for rule in self.rules))
+        self._flat = not self._scalars and all(rule.cls in KNOWN for rule in self.rules)
         if len(self.rules) > 1:
             own = [frozenset(slot_sizes(rule)) for rule in self.rules]
             self._own = own if len(set(own)) > 1 else []
@@ -145,6 +153,8 @@ class StackedOptimizer:
         if not self._linear and len(set(rates)) > 1:  # Rprop's lr is a state, not a factor
             self.separate, self._scalars, self._linear, self._owner = True, frozenset(), True, None
         self._bind(state, rates)
+        if ALL in self._bound[0].views:
+            grads = {ALL: joined(grads)}
         for bound in self._bound:
             part = rates[bound.first : bound.last]
             for name, view in bound.views.items():
@@ -185,7 +195,11 @@ class StackedOptimizer:
             params, slots, old_variants, old = self._owner
             if params is state.params and slots is state.slots and old_variants == variants and old == groups:
                 return
-        self._bound = [self._bind_group(state, first, last, variants[first]) for first, last in groups]
+        base = base_of(state.params) if self._flat and not self.separate else None
+        params = state.params if base is None else {ALL: base}
+        self._whole = {}
+        stored = state.slots if base is None else {slot: self._slot_tree(state, slot, base) for slot in state.slots}
+        self._bound = [self._bind_group(state, first, last, variants[first], params, stored) for first, last in groups]
         self._owner = (state.params, state.slots, variants, groups)
 
     def _groups(self, steps: list[int], variants: list[int], rates: list[float]) -> list[tuple[int, int]]:
@@ -197,15 +211,15 @@ class StackedOptimizer:
         cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
         return list(itertools.pairwise(cuts))
 
-    def _bind_group(self, state: State, first: int, last: int, variant: int) -> _Bound:
+    def _bind_group(self, state: State, first: int, last: int, variant: int, params: Tree, slots: Tree) -> _Bound:
         bound = _Bound(first, last, None, {})  # type: ignore[arg-type]
-        bound.views = {n: self._view(p, bound).detach().requires_grad_() for n, p in state.params.items()}
+        bound.views = {n: self._view(p, bound).detach().requires_grad_() for n, p in params.items()}
         bound.optimizer = self.rules[variant].make(list(bound.views.values()), 1.0)
         made = int(state.opt_step[first])
         if made:
             for name, view in bound.views.items():
                 entry: dict[str, Any] = {"step": torch.tensor(float(made))}
-                for slot, stored in state.slots.items():
+                for slot, stored in slots.items():
                     if name in stored and (not self._own or slot in self._own[variant]):
                         entry[slot] = self._slot(slot, stored[name], bound)
                 bound.optimizer.state[view] = entry
@@ -213,6 +227,18 @@ class StackedOptimizer:
 
     def _slot(self, slot: str, stored: Tensor, bound: _Bound) -> Tensor:
         return stored[bound.first].clone() if slot in self._scalars else self._view(stored, bound)
+
+    def _slot_tree(self, state: State, slot: str, like: Tensor) -> Tree:
+        """A slot of weights that lie side by side, as one tensor named ALL; made of zeros where the state has none."""
+        held = state.slots.get(slot)
+        if held is None or self._whole.get(slot, (None, {}))[0] is not held:
+            if held is None:
+                base = like.new_zeros((state.members, like.shape[1]))
+                held = state.slots[slot] = split(base, state.params)
+            else:
+                held = state.slots[slot] = side_by_side(held)
+            self._whole[slot] = held, {ALL: joined(held)}
+        return self._whole[slot][1]
 
     def _collect_slots(self, state: State) -> bool:
         """Copy what an instance keeps outside the stacked storage; True if it must be bound to new storage."""
@@ -224,7 +250,7 @@ class StackedOptimizer:
                         continue
                     value = torch.as_tensor(value)
                     scalar = slot in self._scalars
-                    tree = state.slots.setdefault(slot, {})
+                    tree = self._slot_tree(state, slot, value) if name == ALL else state.slots.setdefault(slot, {})
                     if name not in tree:
                         shape = value.shape if scalar or self.separate else value.shape[1:]
                         tree[name] = value.new_zeros((state.members, *shape))

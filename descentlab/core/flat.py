@@ -1,0 +1,70 @@
+"""Trees whose tensors lie side by side in one: row m of it holds all weights of member m.
+
+An update of such a tree is one operation where it would be one per tensor, which is most of its cost for small models.
+The tensors of the tree are views, so whoever changes them in place need not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .tree import Tree, take
+
+
+def base_of(tree: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor ``[M, P]`` of which the tree's tensors ``[M, …]`` are the columns, in order; None where they are not.
+
+    Decided by addresses, so it holds for trees that were copied, stored or changed in place, too.
+    """
+    tensors = list(tree.values())
+    if not tensors:
+        return None
+    first = tensors[0]
+    size, kind, start = first.element_size(), first.dtype, first.data_ptr()
+    at, width = start, first.stride(0) if first.dim() else 0
+    for t in tensors:
+        if t.data_ptr() != at or t.dtype != kind:
+            return None
+        row = 1
+        strides = t.stride()
+        for n, stride in zip(reversed(t.shape[1:]), reversed(strides[1:]), strict=True):
+            if stride != row and n > 1:
+                return None
+            row *= n
+        if strides[0] != width:
+            return None
+        at += row * size
+    if at - start != width * size:
+        return None
+    return first.detach().as_strided((first.shape[0], width), (width, 1))
+
+
+def split(base: Tensor, like: Mapping[str, Tensor]) -> Tree:
+    """The columns of ``base`` ``[M, P]`` as a tree with the names and shapes of ``like``, but for its members."""
+    parts = base.split([math.prod(t.shape[1:]) for t in like.values()], dim=1)
+    return {name: part.view(len(base), *t.shape[1:]) for part, (name, t) in zip(parts, like.items(), strict=True)}
+
+
+def joined(tree: Mapping[str, Tensor]) -> Tensor:
+    """All tensors ``[M, …]`` as one ``[M, P]``; a copy only where they do not lie side by side."""
+    base = base_of(tree)
+    return base if base is not None else torch.cat([t.reshape(len(t), -1) for t in tree.values()], dim=1)
+
+
+def side_by_side(tree: Tree) -> Tree:
+    """The tree, its tensors copied to lie side by side unless they do; left alone where their types differ."""
+    if len({(t.dtype, t.device, len(t) > 0) for t in tree.values()}) != 1 or base_of(tree) is not None:
+        return tree
+    return split(joined(tree), tree)
+
+
+def take_rows(tree: Tree, members: Sequence[int]) -> Tree:
+    """Copies of the given members ``[len(members), …]``, side by side."""
+    base = base_of(tree)
+    if base is None:
+        return side_by_side(take(tree, members))
+    return split(base[torch.tensor(members, dtype=torch.int64)], tree)
