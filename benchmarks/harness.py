@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What packing and the one table save.")
     parser.add_argument("--quick", action="store_true", help="fewer runs and repeats: within a minute")
     quick = parser.parse_args().quick
-    runs, sample, repeats = (100, 4, 1) if quick else (200, 10, 3)
+    runs, sample, repeats = (100, 2, 1) if quick else (200, 10, 3)
     training: list[float] = []
 
     def processes() -> float:
@@ -116,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         timed = alternate({"processes": processes, "packed": lambda: packed(runs, work / "packed")}, repeats)
-        read = alternate(tables(*((200, 250) if quick else (400, 500)), work), 3 if quick else 7)
+        read = alternate(tables(*((120, 250) if quick else (400, 500)), work), 3 if quick else 7)
     ratios = {
         "packed_vs_process_per_run": median_ratio(timed["processes"], timed["packed"]),
         "packed_vs_process_per_run_training": median_ratio(training, timed["packed"]),

@@ -6,15 +6,18 @@ Nothing is installed and nothing outside the folder is written. What was started
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 CPUS = 4  # said to be there: the jobs of these tests are small
@@ -101,10 +104,13 @@ def one_node(folder: Path) -> Iterator[Path]:
         [_which("slurmd"), "-D", "-f", str(configuration), "-N", "node"],
     ]
     started: list[subprocess.Popen[bytes]] = []
+    old = _end_on_sigterm()
     try:
         for command in commands:
             with (folder / f"{Path(str(command[0])).name}.out").open("wb") as out:
-                started.append(subprocess.Popen([str(c) for c in command], stdout=out, stderr=out))
+                started.append(
+                    subprocess.Popen([str(c) for c in command], stdout=out, stderr=out, preexec_fn=_die_with_parent)
+                )
             if len(started) == 1:
                 _wait_for(lambda: (munge / "socket").exists(), "munged")
         environment = {**os.environ, "SLURM_CONF": str(configuration)}
@@ -112,6 +118,25 @@ def one_node(folder: Path) -> Iterator[Path]:
         yield configuration
     finally:
         _stop(started, {**os.environ, "SLURM_CONF": str(configuration)})
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
+
+
+def _end_on_sigterm() -> Any:
+    """Let SIGTERM (a runner that gives up) unwind the tests as Ctrl-C does; the handler there was before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, end)
+
+
+def _die_with_parent() -> None:
+    """In a daemon before it starts: SIGTERM once the tests are gone, however they ended (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _stop(started: list[subprocess.Popen[bytes]], environment: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from descentlab import store
@@ -22,21 +23,26 @@ from descentlab.store import RunDirectory, claim
 ROOT = Path(__file__).parent.parent
 GRID = ["training", "dataset=digits", "model={name: mlp, pool: 0, hidden: [8]}", "optimizer=noted_sgd:NotedSGD"]
 GRID += ["optimizer.lr=0.1,0.05,0.02,0.01", "replicates=1", "members_per_block=1", "steps=40", "checkpoint_s=600"]
+GRID += ["observe.evaluate_every=20"]
 NOTED = '''
 import os, time, torch
 
-class NotedSGD(torch.optim.SGD):
-    """SGD that notes which process makes how many updates, and pauses for PAUSE_S in each."""
+class NotedSGD(torch.optim.Optimizer):
+    """SGD that notes which process makes how many updates, and waits in each until the file GATE exists."""
 
     def __init__(self, params, lr=0.1):
-        super().__init__(params, lr=lr)
+        super().__init__(params, {"lr": lr})
 
     def step(self, closure=None):
-        if "NOTES" in os.environ:
+        params = [(p, group["lr"]) for group in self.param_groups for p in group["params"]]
+        if sum(p.numel() for p, _ in params) > 500:  # not in the start-up check
             with open(f"{os.environ['NOTES']}/{os.getpid()}", "a") as notes:
                 notes.write(".")
-            time.sleep(float(os.environ.get("PAUSE_S", 0)))
-        return super().step(closure)
+            while not os.path.exists(os.environ["GATE"]):
+                time.sleep(0.05)
+        with torch.no_grad():
+            for p, lr in params:
+                p.sub_(p.grad, alpha=lr)
 '''
 HOLD = """
 import sys, time
@@ -123,11 +129,11 @@ class Commands:
         self.notes.mkdir()
         (path / "noted_sgd.py").write_text(NOTED)
 
-    def start(self, *arguments: str, pause_s: float = 0.0) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, gate: str = ".") -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "descentlab.cli", "run", *GRID, *arguments],
             cwd=self.path,
-            env={**ENVIRONMENT, "NOTES": str(self.notes), "PAUSE_S": str(pause_s)},
+            env={**ENVIRONMENT, "NOTES": str(self.notes), "GATE": str(self.path / gate)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -137,10 +143,6 @@ class Commands:
         """Updates by process."""
         return Counter({int(path.name): path.stat().st_size for path in self.notes.iterdir()})
 
-    def forget(self) -> None:
-        for path in self.notes.iterdir():
-            path.unlink()
-
 
 def finish(process: subprocess.Popen[str]) -> str:
     """What it said on stderr; it has to end well."""
@@ -149,50 +151,54 @@ def finish(process: subprocess.Popen[str]) -> str:
     return errors
 
 
-def test_two_launches_at_once_share_the_runs(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    """The table of one launch by itself, which makes each of 4 x 40 updates once."""
+    commands = Commands(tmp_path_factory.mktemp("alone"))
+    finish(commands.start("--launcher", "local", "--out", "out"))
+    assert list(commands.updates().values()) == [160]
+    return store.load(commands.path / "out").frame
+
+
+def test_two_launches_at_once_share_the_runs(tmp_path: Path, alone: pl.DataFrame) -> None:
     """Together they make as many updates as one launch, and get its table.
 
     Without the claim they would make twice as many. A third with other settings, or with --overwrite, is refused.
     """
     commands = Commands(tmp_path)
     local = ["--launcher", "local", "--out", "out"]
-    finish(commands.start("--launcher", "local", "--out", "alone"))
-    alone = sum(commands.updates().values())
-    commands.forget()
-    both = [commands.start(*local, pause_s=0.05) for _ in range(2)]
-    wait_for(lambda: len(commands.updates()) == 2 or any(p.poll() is not None for p in both), "both to train")
+    both = [commands.start(*local, gate="open") for _ in range(2)]
+    wait_for(lambda: len(commands.updates()) == 2, "both to train")
     changed, again = commands.start(*local, "seed=1"), commands.start(*local, "--overwrite")
     for process in (changed, again):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
         assert "expected a directory that no other command runs, or the settings it runs (process" in errors
+    (tmp_path / "open").touch()
     for process in both:
         finish(process)
     assert {process.pid for process in both} == set(commands.updates())
-    assert sum(commands.updates().values()) == alone >= 160
+    assert sum(commands.updates().values()) == 160
     assert store.status(tmp_path / "out").counts() == {"done": 4}
-    frames = [store.load(tmp_path / name).frame for name in ("out", "alone")]
-    assert store.equal_tables(*frames) == []
+    assert store.equal_tables(store.load(tmp_path / "out").frame, alone) == []
 
 
-def test_the_survivor_takes_over_from_a_killed_command(tmp_path: Path) -> None:
+def test_the_survivor_takes_over_from_a_killed_command(tmp_path: Path, alone: pl.DataFrame) -> None:
     """SIGKILL of one of two; the other waits for its block, gets it, and ends with the table of one launch.
 
     Fails when a dead owner keeps its claim, and when a command does not wait for what another one has.
     """
     commands = Commands(tmp_path)
     local = ["--launcher", "local", "--out", "out"]
-    victim = commands.start(*local, pause_s=0.5)
-    wait_for(lambda: commands.updates()[victim.pid] > 3, "the first to train")
+    victim = commands.start(*local, gate="never")
+    wait_for(lambda: commands.updates()[victim.pid], "the first to train")
     survivor = commands.start(*local)
     wait_for(lambda: len(list((tmp_path / "out/blocks").glob("*/done.json"))) == 3, "the second to do the rest")
     assert survivor.poll() is None
     victim.kill()
     victim.communicate()
     assert "sharing the work: 1 runs are under way in process" in finish(survivor)
-    finish(commands.start("--launcher", "local", "--out", "alone"))
-    frames = [store.load(tmp_path / name).frame for name in ("out", "alone")]
-    assert store.equal_tables(*frames) == []
+    assert store.equal_tables(store.load(tmp_path / "out").frame, alone) == []
 
 
 def test_create_refuses_other_settings_while_a_command_runs(tmp_path: Path) -> None:

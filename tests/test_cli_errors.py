@@ -269,7 +269,7 @@ def test_report_and_rerun(calls: list[tuple[Any, ...]], directory: Path) -> None
     ("raised", "code", "says"),
     [
         (UserError("--out", "/x", "a directory that can be written"), 2, "error: --out = '/x': expected a directory"),
-        (StudyError("part-00000.parquet is cut short; delete it"), 1, "error: part-00000.parquet is cut short"),
+        (StudyError("part-00000.arrow is cut short; delete it"), 1, "error: part-00000.arrow is cut short"),
         (KeyboardInterrupt(), 130, "stopped; to resume: descentlab run recovery 'optimizer={name: adam}'"),
     ],
 )

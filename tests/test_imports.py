@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "descentlab"
 ROOMS = ("workloads", "optim", "perturb", "cluster", "comm", "observe", "theory", "engine", "store")
-SPECS = (*(f"{room}.specs" for room in ROOMS), "perturb.arm_specs", "optim.tuning_specs")
+SPECS = (*(f"{room}.specs" for room in ROOMS), "perturb.arm_specs", "optim.tuning_specs", "workloads.partition_specs")
 STUDIES = ("config", "analysis", "report", "theory", "store", "core", *SPECS)
 
 # folder -> what it may import besides itself: a folder, or one module of it

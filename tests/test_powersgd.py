@@ -16,7 +16,9 @@ from torch import Tensor
 from descentlab.comm.dense import Dense
 from descentlab.comm.powersgd import PowerSGD, orthonormal, saves
 from descentlab.comm.specs import PowerSgd
-from descentlab.core.protocols import Compressor, Mean
+from descentlab.core.exchange import drive as run
+from descentlab.core.exchange import over_workers
+from descentlab.core.protocols import Collective, Compressor
 from descentlab.core.streams import Streams
 from descentlab.core.tree import Tree
 from descentlab.engine.lockstep import Lockstep
@@ -26,15 +28,15 @@ from descentlab.optim.specs import Sgd
 STREAMS = Streams(7)
 
 
-def drive(compressor: Compressor, grads: Tree, memory: Tree, shared: Tree) -> tuple[Tree, Tree, Tree, list[Mean]]:
+def drive(compressor: Compressor, grads: Tree, memory: Tree, shared: Tree) -> tuple[Tree, Tree, Tree, list[Collective]]:
     """Answer every collective with the mean over workers; also the list of collectives."""
-    exchange, answer, sent = compressor.exchange(grads, memory, shared), None, []
-    while True:
-        try:
-            sent.append(exchange.send(answer))  # type: ignore[arg-type]
-        except StopIteration as stop:
-            return (*stop.value, sent)
-        answer = sent[-1].tensor.mean(1)
+    sent: list[Collective] = []
+
+    def answer(request: Collective) -> Any:
+        sent.append(request)
+        return over_workers(request)
+
+    return (*run(compressor.exchange(grads, memory, shared), answer), sent)
 
 
 def start(compressor: PowerSGD, shapes: dict[str, tuple[int, ...]], members: int, workers: int) -> tuple[Tree, Tree]:

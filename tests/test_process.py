@@ -21,7 +21,7 @@ from descentlab.engine.lockstep import Lockstep
 from descentlab.engine.parts import Parts
 from descentlab.engine.process import ParameterServer, train
 from descentlab.engine.program import BlockPlan, RunPlan
-from descentlab.engine.transport import LocalProcesses
+from descentlab.engine.local import LocalProcesses
 from descentlab.engine.virtual import Virtual
 from descentlab.optim.specs import Adam
 from descentlab.studies.crossed.spec import CrossedSpec

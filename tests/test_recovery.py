@@ -170,7 +170,7 @@ def test_a_truncated_part_file_is_one_clear_line(results: store.Results, tmp_pat
 
     copy = tmp_path / "copy"
     shutil.copytree(results.path, copy)
-    part = next(copy.glob("blocks/*/metrics/part-*.parquet"))
+    part = next(copy.glob("blocks/*/metrics/part-*.arrow"))
     part.write_bytes(part.read_bytes()[:-50])
     (copy / "table.parquet").unlink()
     with pytest.raises(StudyError, match=part.name):

@@ -92,7 +92,7 @@ def test_delays_mean_what_they_say() -> None:
     np.testing.assert_array_equal(
         ConstantDelay(mean_s=0.5, slow_factor=3.0).build().seconds(2, 2, STREAMS, 0), [[1.5, 0.5]] * 2
     )
-    assert DELAYS.names() == ["constant", "gaussian"]
+    assert {"constant", "gaussian"} <= set(DELAYS.names())
 
 
 @pytest.mark.parametrize("times", [np.full((5, 2), -1.0), np.full((5, 2), np.inf), np.ones((2, 5))])

@@ -108,7 +108,7 @@ def test_a_process_that_is_really_killed_can_be_resumed(tmp_path: Path, undistur
         "import os, signal, sys, store_job as t; from pathlib import Path\n"
         "real = os.replace\n"
         "def replace(a, b):\n"
-        "    if str(b).endswith('part-00002.parquet'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if str(b).endswith('part-00002.arrow'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    real(a, b)\n"
         "os.replace = replace\n"
         "t.whole_job(Path(sys.argv[1]))\n"
@@ -142,17 +142,17 @@ def test_rows_after_the_checkpoint_do_not_count(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr("descentlab.store.block._dump_state", lambda *_: (_ for _ in ()).throw(Killed()))
         block.checkpoint({}, 5)
-    assert (block.folder / "metrics/part-00002.parquet").exists()
+    assert (block.folder / "metrics/part-00002.arrow").exists()
     assert load(directory.path).frame["step"].max() == 3
     BlockWriter(directory, "b0").resume()
-    assert not (block.folder / "metrics/part-00002.parquet").exists()
+    assert not (block.folder / "metrics/part-00002.arrow").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing", "changed"])
-@pytest.mark.parametrize("file", ["metrics/part-00001.parquet", "hits/part-00000.jsonl", "checkpoint.pt"])
+@pytest.mark.parametrize("file", ["metrics/part-00001.arrow", "hits/part-00000.jsonl", "checkpoint.pt"])
 def test_damage_to_a_covered_file_names_it(tmp_path: Path, file: str, how: str) -> None:
     directory = new_directory(tmp_path / "out")
     train(directory, stop=5)
@@ -179,9 +179,9 @@ def test_damage_to_a_covered_file_names_it(tmp_path: Path, file: str, how: str) 
 def test_damage_to_a_finished_block_names_the_file(tmp_path: Path) -> None:
     directory = new_directory(tmp_path / "out")
     train(directory)
-    target = directory.block_folder("b0") / "metrics/part-00000.parquet"
+    target = directory.block_folder("b0") / "metrics/part-00000.arrow"
     target.write_bytes(target.read_bytes()[:-1])
-    with pytest.raises(StudyError, match=r"part-00000\.parquet is damaged"):
+    with pytest.raises(StudyError, match=r"part-00000\.arrow is damaged"):
         load(directory.path)
 
 

@@ -30,9 +30,11 @@ def _one_spelling(value: Any) -> Any:
     return value
 
 
-def cell_key(cell: Spec) -> str:
-    """The canonical text of a cell's result-relevant settings, the study's ``semantics`` included."""
-    return canonical({"settings": cell.identity(), "semantics": type(cell).semantics})
+def cell_key(cell: Any, role: str | None = None) -> str:
+    """The canonical text of a cell's result-relevant settings, the study's ``semantics`` included; with ``role`` of
+    those that can change the result of a run in that role."""
+    settings = cell.identity() if role is None else cell.identity_of(role)
+    return canonical({"settings": settings, "semantics": type(cell).semantics})
 
 
 def run_id(key: str, replicate: int, role: str, labels: Mapping[str, Any]) -> str:

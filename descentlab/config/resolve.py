@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,11 +149,12 @@ def _resolve(
     first: dict[str, StudySpec] = {}
     for cell in cells:
         first.setdefault(cell_key(cell), cell)
-    keys, distinct = list(first), list(first.values())
+    distinct = list(first.values())
+    key_of = functools.cache(lambda index, role: cell_key(distinct[index], role))
     if len(distinct) < len(cells):
         notes.append(f"{len(cells) - len(distinct)} of {len(cells)} cells repeat another and are run once")
     runs = [
-        Run(run_id(keys[index], replicate, role, labels), index, replicate, role, labels)
+        Run(run_id(key_of(index, role), replicate, role, labels), index, replicate, role, labels)
         for index, replicate, role, labels in definition.plan(distinct)
     ]
     assert len({run.id for run in runs}) == len(runs), f"the plan of study {definition.name} repeats a run"

@@ -9,10 +9,12 @@ from ..cluster.specs import DELAYS, STALENESS_RULES, TIMELINES
 from ..comm.specs import COMPRESSORS, POLICIES
 from ..core.errors import UserError, nearest
 from ..core.specs import Option, Registry
+from ..engine.specs import ENGINES
 from ..observe.specs import EVALUATED, EXTRA, PER_STEP, Observe
 from ..optim.specs import OPTIMIZERS, SCHEDULES
 from ..perturb.arm_specs import ARMS
 from ..perturb.specs import FAULTS
+from ..workloads.partition_specs import PARTITIONS
 from ..workloads.specs import DATASETS, MODELS, SAMPLERS
 from . import schema
 
@@ -27,8 +29,10 @@ REGISTRIES: dict[str, tuple[Registry, ...]] = {
     "arms": (ARMS,),
     "compressors": (COMPRESSORS,),
     "policies": (POLICIES,),
+    "engines": (ENGINES,),
     "timelines": (TIMELINES,),
     "delays": (DELAYS,),
+    "partitions": (PARTITIONS,),
     "staleness_rules": (STALENESS_RULES,),
 }
 

@@ -43,6 +43,11 @@ class StudySpec(Spec):
             del out["sampler"]
         return out
 
+    def identity_of(self, role: str) -> dict[str, Any]:
+        """The settings that can change the result of a run in this role: all of them, unless a study of several stages
+        says which stage reads what."""
+        return self.identity()
+
     def check_given(self) -> None:
         """Refuse settings that were given although another one makes them meaningless; UserError."""
         if self.sampler.name == "full" and "batch_size" in self.model_fields_set:

@@ -14,7 +14,7 @@ import polars as pl
 
 from ..core.errors import StudyError
 from . import jsonl
-from .atomic import remove_temporaries, sync_folder, write_bytes, write_text, writing
+from .atomic import remove_temporaries, sync_folder, write_bytes, write_many, write_text, writing
 from .directory import RunDirectory
 from .parts import (
     CHECKPOINT,
@@ -108,10 +108,18 @@ class BlockWriter:
         self._hits.extend(dict(row) for row in rows)
 
     def artifact(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write ``artifacts/name`` (an .npz) at once; writing the same again is harmless. No cover names artifacts."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
-        write_bytes(self.folder / "artifacts" / name, buffer.getvalue())
+        """:meth:`artifacts` for one of them."""
+        self.artifacts({name: arrays})
+
+    def artifacts(self, files: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Write ``artifacts/name`` (an .npz) for each; writing the same again is harmless. No cover names artifacts."""
+        made = {}
+        for name, arrays in files.items():
+            buffer = io.BytesIO()
+            np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
+            made[name] = buffer.getvalue()
+        if made:
+            write_many(self.folder / "artifacts", made)
 
     def checkpoint(self, state: Any, step: int) -> None:
         """Write what is buffered, then a checkpoint that covers it: ``state`` after ``step`` server updates.

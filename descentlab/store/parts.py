@@ -76,12 +76,15 @@ def read_cover(folder: Path) -> Cover | None:
 
     Raises :class:`StudyError` when the file is damaged or of another format.
     """
-    if (folder / DONE).is_file():
-        path = folder / DONE
+    path = folder / DONE
+    if path.is_file():
         value = read_json(path, recompute(folder))
-    elif (folder / CHECKPOINT).is_file():
+    elif (text := cover_text(folder)) is not None:
         path = folder / CHECKPOINT
-        value = _cover_in_checkpoint(path)
+        try:
+            value = dict(json.loads(text))
+        except ValueError:
+            raise StudyError(f"{path} is damaged (its cover is no JSON); {recompute(folder)}") from None
     else:
         return None
     if value.get("format") != FORMAT:
@@ -92,21 +95,28 @@ def read_cover(folder: Path) -> Cover | None:
         raise StudyError(f"{path} is damaged (fields are missing); {recompute(folder)}") from None
 
 
-def _cover_in_checkpoint(path: Path) -> dict[str, Any]:
+def cover_text(folder: Path) -> bytes | None:
+    """What :func:`read_cover` reads, as it is on the disk: equal text, equal cover."""
+    path = folder / DONE
     try:
+        if path.is_file():
+            return path.read_bytes()
+        path = folder / CHECKPOINT
+        if not path.is_file():
+            return None
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith(COVER_MEMBER))
-            return dict(json.loads(archive.read(name)))
-    except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as error:
-        raise StudyError(f"{path} is damaged ({type(error).__name__}); {recompute(path.parent)}") from None
+            return archive.read(name)
+    except (OSError, StopIteration, zipfile.BadZipFile) as error:
+        raise StudyError(f"{path} is damaged ({type(error).__name__}); {recompute(folder)}") from None
 
 
 def write_metrics(folder: Path, number: int, frames: Sequence[pl.DataFrame]) -> Part:
     """Write ``frames`` as one metrics part."""
     frame = pl.concat(frames, how="diagonal_relaxed") if len(frames) > 1 else frames[0]
     buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=False)  # read whole or not at all
-    return _write(folder, f"metrics/part-{number:05d}.parquet", buffer.getvalue(), frame.height)
+    frame.write_ipc(buffer, compression="lz4")  # read whole or not at all: Parquet takes twice the work
+    return _write(folder, f"metrics/part-{number:05d}.arrow", buffer.getvalue(), frame.height)
 
 
 def write_hits(folder: Path, number: int, rows: Sequence[Mapping[str, Any]]) -> Part:
@@ -136,10 +146,15 @@ def read_block(folder: Path) -> BlockData | None:
     cover = read_cover(folder)
     if cover is None:
         return None
-    frames = [pl.read_parquet(io.BytesIO(read_part(folder, part))) for part in cover.metrics]
+    frames = [_frame(read_part(folder, part), part.file) for part in cover.metrics]
     hits = [row for part in cover.hits for row in jsonl.decode(read_part(folder, part), folder / part.file)[0]]
     frame = pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame(schema=NO_ROWS)
     return BlockData(folder.name, cover, frame, hits)
+
+
+def _frame(data: bytes, file: str) -> pl.DataFrame:
+    read = pl.read_parquet if file.endswith(".parquet") else pl.read_ipc  # parts were Parquet at first
+    return read(io.BytesIO(data))
 
 
 def drop_uncovered(folder: Path, cover: Cover | None) -> None:

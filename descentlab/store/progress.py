@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ def status(path: str | Path) -> Status:
     themselves. A run whose block has not begun is queued. Raises :class:`StudyError` when a cover is damaged.
     """
     directory = RunDirectory.open(path)
+    return states(directory, [str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")])
+
+
+def states(directory: RunDirectory, current: Sequence[str]) -> Status:
+    """:func:`status` for the runs with the ids ``current``."""
     planned = {str(block["key"]): block for block in directory.read_json("plan.json").get("blocks", [])}
     keys = [*planned, *(key for key in directory.block_keys() if key not in planned)]
     blocks = []
@@ -105,7 +110,6 @@ def status(path: str | Path) -> Status:
             known = runs.get(member.run)
             if known is None or (known.state in ("queued", "interrupted") and member.state != "queued"):
                 runs[member.run] = member  # after a new packing an old block may still list the run
-    current = [str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")]
     return Status(directory.study, tuple(blocks), tuple(runs.get(r, RunStatus(r, "queued")) for r in current))
 
 

@@ -13,8 +13,8 @@ import yaml
 
 from ..core.errors import StudyError
 from .directory import RunDirectory
-from .progress import status
-from .table import build_frame, collect_hits, read_table, refresh
+from .progress import states
+from .table import build_frame, collect_hits, read_table, refresh, stored_hits
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def load(path: str | Path) -> Results:
     """
     directory = RunDirectory.open(path)
     frame = read_table(directory)
+    current = frame is not None
     if frame is None:
         frame = refresh(directory) if os.access(directory.path, os.W_OK) else build_frame(directory)
     runs = directory.read_jsonl("resolved.jsonl")
@@ -53,9 +54,9 @@ def load(path: str | Path) -> Results:
         study=_study(directory.path / "study.yaml"),
         spec=common([run.get("settings") or {} for run in runs]),
         runs=runs,
-        status=[run.to_row() for run in status(directory.path).runs],
+        status=[run.to_row() for run in states(directory, [str(run["id"]) for run in runs]).runs],
         campaign=directory.read_jsonl("campaign.jsonl"),
-        hits=collect_hits(directory),
+        hits=stored_hits(directory) if current else collect_hits(directory),
         provenance=directory.read_json("provenance.json"),
         frame=frame,
     )
@@ -63,9 +64,10 @@ def load(path: str | Path) -> Results:
 
 def common(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The nested settings on which all agree."""
-    if not settings:
+    distinct = [s for i, s in enumerate(settings) if i == 0 or s != settings[i - 1]]  # replicates have the same
+    if not distinct:
         return {}
-    first, *rest = settings
+    first, *rest = distinct
     shared: dict[str, Any] = {}
     for key, value in first.items():
         others = [other[key] for other in rest if key in other]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ import polars as pl
 from ..core.errors import StudyError
 from .atomic import write_bytes
 from .directory import RunDirectory
-from .parts import NO_ROWS, BlockData, read_block, read_cover
+from .parts import NO_ROWS, BlockData, cover_text, read_block
 
-TABLE = "table.parquet"
+TABLE, HITS = "table.parquet", "hits.jsonl"
 KEYS = list(NO_ROWS)
 # Columns that may differ between two executions of the same study; comparisons drop them.
 VOLATILE = ("wall_s", "timestamp", "utilisation")
 CONFIG = ("cell", "replicate", "role", "optimizer")
-TABLE_VERSION = "2"  # raised when the table made from the same blocks changes
+TABLE_VERSION = "3"  # raised when the table made from the same blocks changes
 
 
 def build_frame(directory: RunDirectory) -> pl.DataFrame:
@@ -47,7 +48,7 @@ def refresh(directory: RunDirectory) -> pl.DataFrame:
 
     stamp = fingerprint(directory)
     frame = build_frame(directory)
-    directory.replace_jsonl("hits.jsonl", collect_hits(directory))
+    directory.replace_jsonl(HITS, collect_hits(directory))
     directory.replace_jsonl("runs.jsonl", [run.to_row() for run in status(directory.path).runs])
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="zstd", metadata={"descentlab": stamp})
@@ -62,6 +63,14 @@ def collect_hits(directory: RunDirectory) -> list[dict[str, Any]]:
     return sorted(hits, key=lambda h: (h.get("case", -1), str(h.get("optimizer")), str(h["run"]), h.get("step", -1)))
 
 
+def stored_hits(directory: RunDirectory) -> list[dict[str, Any]]:
+    """hits.jsonl, which :func:`refresh` wrote beside a table that is up to date; made again where it is not whole."""
+    if (directory.path / HITS).is_file():
+        with suppress(StudyError):
+            return directory.read_jsonl(HITS)
+    return collect_hits(directory)
+
+
 def leftovers(path: str | Path) -> list[str]:
     """Runs that have rows but are no longer in resolved.jsonl, sorted: they stay on the disk and out of the table."""
     directory = RunDirectory.open(path)
@@ -74,10 +83,11 @@ def fingerprint(directory: RunDirectory) -> str:
     """Hash of everything the table is made from; by content, so a copied directory keeps its table."""
     digest = hashlib.sha256(TABLE_VERSION.encode())
     for name in ("resolved.jsonl", "campaign.jsonl"):
-        digest.update(json.dumps(directory.read_jsonl(name), sort_keys=True).encode())
+        path = directory.path / name
+        digest.update(b"%s %s" % (name.encode(), path.read_bytes() if path.is_file() else b""))
     for key in directory.block_keys():
-        if cover := read_cover(directory.block_folder(key)):
-            digest.update(f"{key} {cover.to_json()}".encode())
+        if (cover := cover_text(directory.block_folder(key))) is not None:
+            digest.update(b"%s %s" % (key.encode(), cover))
     return digest.hexdigest()
 
 

@@ -11,6 +11,8 @@ SHIPPED = {
     "recovery": "descentlab.studies.recovery.spec:STUDY",
     "crossed": "descentlab.studies.crossed.spec:STUDY",
     "training": "descentlab.studies.training.spec:STUDY",
+    "diffusion": "descentlab.studies.diffusion.spec:STUDY",
+    "asynchrony": "descentlab.studies.asynchrony.spec:STUDY",
 }
 
 

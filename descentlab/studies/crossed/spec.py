@@ -12,6 +12,7 @@ from ...comm.specs import CompressorChoice, NoCompression
 from ...config.tree import StudyDef, StudySpec
 from ...core.errors import UserError
 from ...core.specs import extent
+from ...engine.specs import EngineChoice, VirtualEngine
 from ...perturb.arm_specs import ArmChoice, NoArm
 from ...perturb.specs import FaultChoice, NoFault
 
@@ -25,13 +26,17 @@ class CrossedSpec(StudySpec):
     replicates: PositiveInt = extent(10)
     fault: FaultChoice = NoFault()
     arm: ArmChoice = NoArm()
+    engine: EngineChoice = VirtualEngine()
     timeline: TimelineChoice = Barrier()
     staleness_rule: StalenessRuleChoice = NoStalenessRule()
     compressor: CompressorChoice = NoCompression()
 
     def identity(self) -> dict[str, Any]:
-        """As for every block; ``staleness_rule`` and ``arm`` are left out at their defaults, as in ids made before."""
+        """As for every block; ``engine``, ``staleness_rule`` and ``arm`` are left out at their defaults, as in ids made
+        before."""
         out = super().identity()
+        if self.engine == VirtualEngine():
+            del out["engine"]
         if self.staleness_rule == NoStalenessRule():
             del out["staleness_rule"]
         if self.arm == NoArm():
