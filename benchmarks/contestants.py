@@ -59,8 +59,10 @@ def ensemble(packed: list[range], settings: Any) -> Callable[..., int]:
     from descentlab.engine.lockstep import Lockstep
     from descentlab.engine.program import BlockPlan, RunPlan
     from descentlab.launch.build import build_parts, survey
+    from descentlab.launch.usage import Usage
     from descentlab.store import BlockWriter, RunDirectory
 
+    usage = Usage()
     folder = tempfile.TemporaryDirectory()
     directory = RunDirectory.create(Path(folder.name) / "run", "benchmark", "study: benchmark\n")
     route = survey(settings).route
@@ -79,7 +81,7 @@ def ensemble(packed: list[range], settings: Any) -> Callable[..., int]:
             started = time.process_time()
             columns, _ = engine.recorder.flush()
             if columns:
-                writer.rows(columns)
+                writer.rows(usage.beside(columns, engine.recorder.now()))
             writer.spill()
             STORE_S[0] += time.process_time() - started
         return updates * sum(len(replicates) for replicates in packed[:first])

@@ -3,13 +3,15 @@
 ``dense_vs_*``: the whole matrix of MLP-386 on a batch of 64 (curvlinops and eigenthings, which have no dense Hessian,
 multiply the identity). ``topk_vs_*``: its ten largest eigenvalues, all to a residual of 1e-6 of the largest, operator
 construction included; hessian-eigenthings, which does not iterate to a tolerance, gets the smallest number of steps
-(in tens) that reaches it. ``lanczos``: the two largest of a network of 10^6 parameters, each contestant in a process of
-its own, with its peak resident memory above that of the imported libraries. A library that is not installed has no ratio.
+(in tens) that reaches it. ``lanczos_vs_*``: the two largest of a network of 10^6 parameters (``--quick``: 10^5), each
+contestant in a process of its own, with its peak resident memory above that of the data and the imported libraries. The
+ratio of a library that is not installed is null.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -19,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from common import ONE_THREAD, alternate, emit, median_ratio, spread
 
@@ -34,8 +37,9 @@ import descentlab as dl
 from descentlab.workloads.models.mlp import MLP
 
 LIBRARIES = ("curvlinops", "hessian_eigenthings")
+NAMES = {"curvlinops": "curvlinops", "hessian_eigenthings": "eigenthings"}
 TOLERANCE, K, BIG_K = 1e-6, 10, 2
-BIG = (784, 1000, 200, 10)  # 987,210 parameters
+BIG, BIG_QUICK = (784, 1000, 200, 10), (784, 120, 30, 10)  # 987,210 and 98,140 parameters
 
 
 class Written(nn.Module):
@@ -131,7 +135,7 @@ def seconds(work: Callable[[], object], at_least: float = 0.1) -> Callable[[], f
     return measure
 
 
-def small(repeats: int, quick: bool) -> tuple[dict[str, float | None], dict[str, object]]:
+def small(repeats: int) -> tuple[dict[str, float | None], dict[str, object]]:
     """Ratios and milliseconds for MLP-386; every result is checked against the row loop first."""
     widths, data = (36, 8, 10), batch(36, 64)
     model = network(widths)
@@ -151,7 +155,7 @@ def small(repeats: int, quick: bool) -> tuple[dict[str, float | None], dict[str,
         tops["curvlinops"] = lambda: curvlinops_top(curvlinops_operator(widths, data), K)
     if there("hessian_eigenthings"):
         operator = eigenthings_operator(widths, data)
-        steps = next(s for s in range(20, len(exact) + 1, 10) if eigenthings_top(operator, K, s)[1])
+        steps = next(s for s in range(40, len(exact) + 1, 10) if eigenthings_top(operator, K, s)[1])
         tops["eigenthings"] = lambda: eigenthings_top(eigenthings_operator(widths, data), K, steps)[0]
     for name, made in dense.items():
         assert float((made() - exact).abs().max()) < 1e-10, name
@@ -169,40 +173,38 @@ def small(repeats: int, quick: bool) -> tuple[dict[str, float | None], dict[str,
     return ratios, details
 
 
-def big(contestant: str, samples: int) -> dict[str, object]:
-    """One contestant on 10^6 parameters, in this process: seconds, peak memory, the largest eigenvalues."""
-    data, before = batch(BIG[0], samples), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if contestant == "descentlab":
-        model = network(BIG)
-        make: Callable[[], Tensor] = lambda: (
-            dl.top_k(  # noqa: E731
-                model, F.cross_entropy, data, BIG_K, tolerance=TOLERANCE
-            ).values
-        )
-    elif contestant == "curvlinops":
-        make = lambda: curvlinops_top(curvlinops_operator(BIG, data), BIG_K)  # noqa: E731
+def eigenthings_big(widths: tuple[int, ...], data: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+    """(seconds of the run with the smallest number of steps that suffices, eigenvalues)."""
+    for steps in range(10, 200, 10):
+        started = time.perf_counter()
+        values, done = eigenthings_top(eigenthings_operator(widths, data), BIG_K, steps)
+        if done:
+            return time.perf_counter() - started, values
+    raise RuntimeError("200 steps do not suffice")
+
+
+def big(contestant: str, quick: bool) -> dict[str, object]:
+    """One contestant on the large network, in this process: seconds, peak memory, the largest eigenvalues."""
+    widths, samples = (BIG_QUICK, 32) if quick else (BIG, 128)
+    data = batch(widths[0], samples)
+    if there(contestant):
+        importlib.import_module(contestant)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    if contestant == "hessian_eigenthings":
+        taken, values = eigenthings_big(widths, data)
     else:
-
-        def make() -> Tensor:
-            operator = eigenthings_operator(BIG, data)
-            for steps in range(10, 200, 10):  # each from the beginning; the last alone is counted
-                nonlocal started
-                started = time.perf_counter()
-                values, done = eigenthings_top(operator, BIG_K, steps)
-                if done:
-                    return values
-            raise RuntimeError("not converged")
-
-    started = time.perf_counter()
-    values = make()
-    taken = time.perf_counter() - started
+        if contestant == "curvlinops":
+            values = curvlinops_top(curvlinops_operator(widths, data), BIG_K)
+        else:
+            values = dl.top_k(network(widths), F.cross_entropy, data, BIG_K, tolerance=TOLERANCE).values
+        taken = time.perf_counter() - started
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"seconds": round(taken, 2), "peak_mb": round(peak), "values": values.tolist()}
+    return {"seconds": round(taken, 3), "peak_mb": round(peak), "values": values.tolist()}
 
 
-def in_its_own_process(contestant: str, samples: int) -> dict[str, object]:
+def in_its_own_process(contestant: str, quick: bool) -> dict[str, Any]:
     """:func:`big` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--big", contestant, "--samples", str(samples)]
+    command = [sys.executable, __file__, "--big", contestant, *(["--quick"] if quick else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -211,27 +213,24 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--big", help=argparse.SUPPRESS)
-    parser.add_argument("--samples", type=int, default=0, help="of the large network's batch")
+    parser.add_argument("--big", metavar="CONTESTANT", help="measure one contestant on the large network, here")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    samples = given.samples or (16 if given.quick else 128)
     if given.big:
-        print(json.dumps(big(given.big, samples)))
+        print(json.dumps(big(given.big, given.quick)))
         return
-    ratios, details = small(3 if given.quick else 9, given.quick)
-    found = {"descentlab": in_its_own_process("descentlab", samples)}
-    for name, module in (("curvlinops", LIBRARIES[0]), ("eigenthings", LIBRARIES[1])):
-        if there(module):
-            found[name] = in_its_own_process(name, samples)
-            ratios[f"lanczos_1e6_vs_{name}"] = round(found[name]["seconds"] / found["descentlab"]["seconds"], 2)  # type: ignore[operator]
-            error = max(abs(a - b) for a, b in zip(found[name]["values"], found["descentlab"]["values"], strict=True))  # type: ignore[call-overload]
-            assert error < 1e-5 * found["descentlab"]["values"][0], name  # type: ignore[index]
+    ratios, details = small(2 if given.quick else 7)
+    found = {name: in_its_own_process(name, given.quick) for name in ("descentlab", *filter(there, LIBRARIES))}
+    ours = found["descentlab"]
+    for name in LIBRARIES:
+        key = f"lanczos_vs_{NAMES[name]}"
+        ratios[key] = round(found[name]["seconds"] / ours["seconds"], 2) if name in found else None
+        pairs = zip(found.get(name, ours)["values"], ours["values"], strict=True)
+        assert max(abs(a - b) for a, b in pairs) < 1e-5 * ours["values"][0], name
     lanczos = {name: {"seconds": f["seconds"], "peak_mb": f["peak_mb"]} for name, f in found.items()}
-    parameters = {"dense": 386, "lanczos": sum(p.numel() for p in network(BIG).parameters())}
-    emit("curvature", ratios, 386, parameters=parameters, samples={"dense": 64, "lanczos": samples}, **details,
-         lanczos=lanczos, torch=torch.__version__)  # fmt: skip
+    count = sum(p.numel() for p in network(BIG_QUICK if given.quick else BIG).parameters())
+    emit("curvature", ratios, 386, **details, lanczos={"parameters": count, **lanczos}, torch=torch.__version__)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import socket
@@ -95,7 +96,7 @@ class Net:
         torch.manual_seed(0)
         widths = [64, *HIDDEN[size], 10]
         layers: list[Any] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             layers += [torch.nn.Linear(a, b), torch.nn.SiLU()]
         self.module = torch.nn.Sequential(*layers[:-1])
         self.params = list(self.module.parameters())

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .comm.powersgd_hook import PowerSGDHook as PowerSGDHook
     from .launch.generator import train as train
+    from .launch.landscape import landscape_of as landscape
     from .observe.corruption import corruption as corruption
     from .observe.curvature import hessian as hessian
     from .observe.curvature import top_k as top_k
@@ -18,16 +20,20 @@ if TYPE_CHECKING:
     from .observe.spectrum import spectral_density as spectral_density
     from .observe.spectrum import trace as trace
     from .perturb.inject import inject as inject
+    from .report.landscape import write as draw
     from .store.results import Results
     from .store.results import load as load
 
 __version__ = "0.1.0"
 
-_HOME = {  # public name -> module, imported on first use
+_HOME = {  # public name -> module, imported on first use; module:name where they differ
+    "PowerSGDHook": "comm.powersgd_hook",
     "corruption": "observe.corruption",
+    "draw": "report.landscape:write",
     "gradient_covariance": "observe.noise",
     "hessian": "observe.curvature",
     "inject": "perturb.inject",
+    "landscape": "launch.landscape:landscape_of",
     "load": "store.results",
     "spectral_density": "observe.spectrum",
     "top_k": "observe.curvature",
@@ -35,11 +41,14 @@ _HOME = {  # public name -> module, imported on first use
     "trace": "observe.spectrum",
 }
 __all__ = [
+    "PowerSGDHook",
     "__version__",
     "corruption",
+    "draw",
     "gradient_covariance",
     "hessian",
     "inject",
+    "landscape",
     "load",
     "run",
     "spectral_density",
@@ -72,7 +81,8 @@ def run(
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), attribute or name)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ Every scenario returns what it measured; nothing is asserted here. Rank 0 writes
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -91,7 +92,12 @@ def as_torchs_hook(rank: int, steps: int = 50) -> dict[str, Any]:
     train(ours, range(steps))
     distance = (weights(ours) - weights(theirs)).abs().max().item()
     moved = (weights(ours) - weights(wrapped(ONE_BUCKET))).abs().max().item()
-    return {"distance": distance, "moved": moved, "compressed": len(drawn), "saved": state.total_numel_after_compression}
+    return {
+        "distance": distance,
+        "moved": moved,
+        "compressed": len(drawn),
+        "saved": state.total_numel_after_compression,
+    }
 
 
 def first_q(state: Any, names: list[str], grads: list[Tensor], rank: int) -> dict[str, Tensor]:
@@ -113,7 +119,7 @@ def first_q(state: Any, names: list[str], grads: list[Tensor], rank: int) -> dic
     return found
 
 
-def many_buckets(rounds: int = 10, steps: int = 200) -> dict[str, Any]:
+def many_buckets(rounds: int = int(os.environ.get("BUCKET_ROUNDS", "10")), steps: int = 200) -> dict[str, Any]:
     """Ten models, each for 200 iterations; the process group's time-out is what a hang would end in."""
     done, spread, buckets = 0, 0.0, 0
     for _ in range(rounds):
@@ -164,9 +170,11 @@ def rank_change(old: int, new: int, reset: bool = False, at: int = 60, steps: in
         both = min(old, new)
         kept["columns"] = all(torch.equal(hook.q(n)[:, :both], q[:, :both]) for n, q in columns.items())
         kept["apart"] = max(apart(hook.q(name)) for name in columns)
-        kept["extended"] = max(
-            (hook.q(n)[:, old:].T @ hook.q(n)[:, old:] - torch.eye(new - old)).abs().max().item() for n in columns
-        ) if new > old else 0.0
+        kept["extended"] = (
+            max((hook.q(n)[:, old:].T @ hook.q(n)[:, old:] - torch.eye(new - old)).abs().max().item() for n in columns)
+            if new > old
+            else 0.0
+        )
 
     losses = train(ddp, range(steps), lr=0.3, before=change)
     return {**kept, "losses": losses, "at": at}

@@ -91,7 +91,8 @@ def alarms(frame: pl.DataFrame) -> list[tuple]:
 def last_rows(frame: pl.DataFrame, run: str) -> pl.DataFrame:
     """The last attempt at every step of a run, without what may differ from its twin."""
     last = frame.filter(pl.col("run") == run).unique("step", keep="last", maintain_order=True)
-    return last.drop("run", "attempt", "wall_s", "alarm", "alarm_value", "alarm_bound", "action", "rewound")
+    own = ("run", "attempt", "alarm", "alarm_value", "alarm_bound", "action", "rewound")
+    return last.drop(*own, *store.VOLATILE, strict=False)
 
 
 @pytest.mark.parametrize("route", ["vmap", "member"])

@@ -78,7 +78,7 @@ def test_named_levels_and_the_slow_worker() -> None:
     drawn = law.build().seconds(3, 5000, STREAMS, 0)
     assert drawn[:, 0].mean() == pytest.approx(0.12, rel=0.01) and drawn[:, 0].std() == pytest.approx(0.01, rel=0.05)
     assert not drawn[:, 1:].any()
-    with pytest.raises(ValueError, match="mean_s = 0.05: expected no mean beside level = small"):
+    with pytest.raises(ValueError, match=r"mean_s = 0\.05: expected no mean beside level = small"):
         GaussianDelayLaw(level="small", mean_s=0.05)
     assert GaussianDelayLaw.model_validate(law.model_dump()) == law  # as a run directory reads it back
 
@@ -110,7 +110,7 @@ def test_a_trace_that_cannot_be_is_refused(tmp_path: Path, text: str, says: str)
     file.write_text(text)
     with pytest.raises(UserError, match=says):
         TraceDelay(str(file))
-    with pytest.raises(UserError, match="delay.path = .*expected a readable file"):
+    with pytest.raises(UserError, match=r"delay\.path = .*expected a readable file"):
         TraceDelay(str(tmp_path / "none.txt"))
 
 
@@ -153,7 +153,12 @@ def test_nobody_runs_ahead_of_the_bound(bound: int) -> None:
 def test_a_blocked_worker_reads_when_it_begins() -> None:
     """Bound 0, times 3 s and 1 s: worker 1 waits from 1 s to 3 s and then reads version 2, not 1."""
     ticks = Waiting(Pace(Fixed([[3, 1]] * 4)), bound=0).ticks(2, 4, STREAMS, 0)
-    assert [(t.workers[0], t.versions[0], t.time_s) for t in ticks] == [(1, 0, 1.0), (0, 0, 3.0), (1, 2, 4.0), (0, 2, 6.0)]
+    assert [(t.workers[0], t.versions[0], t.time_s) for t in ticks] == [
+        (1, 0, 1.0),
+        (0, 0, 3.0),
+        (1, 2, 4.0),
+        (0, 2, 6.0),
+    ]
 
 
 def test_groups_by_hand() -> None:

@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         made.append(("run", resolved, out, options))
         return 0
 
-    def estimate(resolved: Any) -> list[str]:
+    def estimate(resolved: Any, out: Path | None = None) -> list[str]:
         return [f"about 3 s for {len(resolved.runs)} runs"]
 
     def report(directory: Path) -> Path:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+import descentlab as dl
 from descentlab.config.resolve import resolve
 from descentlab.launch import api
 from descentlab.launch.block import run_block
@@ -101,3 +105,29 @@ def test_a_replayed_hit_is_written_again_by_a_resumed_block(recovery: Path) -> N
     run_block(recovery, block.name)
     assert {path: path.read_bytes() for path in files} == before
     assert not stray.exists()
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells one after the other on a small grid; the last one gives a figure with a line and a band per rate."""
+    grid = ["optimizer=sgd", "optimizer.lr=0.1,0.5", "steps=20", "observe.evaluate_every=5", "replicates=3"]
+    dl.run("training", "dataset=digits", "model.pool=0", *grid, out=tmp_path / "o", launcher="local")
+    monkeypatch.setenv("DIR", str(tmp_path / "o"))
+    notebook = json.loads((EXAMPLES / "analysis.ipynb").read_text())
+    assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    (axes,) = names["figure"].axes
+    assert len(axes.lines) >= 2 and len(axes.collections) >= 2 and axes.get_yscale() == "log"
+    assert {s.settings["optimizer.lr"] for s in names["best"]} == {0.1, 0.5}
+
+
+def test_load_without_a_directory_says_what_it_needs() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "own_loop/load.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1 and done.stderr.startswith("usage: python load.py DIR")

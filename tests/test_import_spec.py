@@ -18,7 +18,7 @@ from descentlab.config.identity import canonical
 from descentlab.config.resolve import resolve, resolve_settings
 from descentlab.config.starter import study_of
 from descentlab.config.starter_grid import expand, sub_grids
-from descentlab.config.starter_names import DEFAULTS
+from descentlab.config.starter_names import DEFAULTS, model
 from descentlab.config.yaml12 import dump, load
 from descentlab.core.errors import UserError
 
@@ -285,3 +285,17 @@ def test_shipped_studies(name: str, count: int) -> None:
     lines = CliRunner().invoke(app, ["show", str(path), "--runs"]).stdout.splitlines()
     ids = [line.split()[0] for line in lines]
     assert len(set(ids)) == count == len(lines) and all(len(i) == 12 for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tiny/vgg_16", {"model": "vgg16"}),
+        ("tiny/wrn_10_2", {"model": "wrn", "model.depth": 10, "model.widen": 2}),
+        ("tiny/wrn_28_10_0.3", {"model": "wrn", "model.depth": 28, "model.widen": 10, "model.dropout": 0.3}),
+    ],
+)
+def test_models_for_small_images(name: str, settings: dict) -> None:
+    assert model(name, False) == settings
+    with pytest.raises(UserError, match="no trained weights"):
+        model(name, True)

@@ -13,7 +13,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "descentlab"
 ROOMS = ("workloads", "optim", "perturb", "cluster", "comm", "observe", "theory", "engine", "store")
-SPECS = (*(f"{room}.specs" for room in ROOMS), "perturb.arm_specs", "optim.tuning_specs", "workloads.partition_specs")
+SPECS = (*(f"{room}.specs" for room in ROOMS), "perturb.arm_specs", "optim.tuning_specs")
+SPECS += ("workloads.partition_specs", "cluster.link_specs")
 STUDIES = ("config", "analysis", "report", "theory", "store", "core", *SPECS)
 
 # folder -> what it may import besides itself: a folder, or one module of it
@@ -26,9 +27,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "report": ("core.errors", "store", "theory", "analysis"),
     "studies": STUDIES,
     "studies/*/program.py": (*STUDIES, *ROOMS),  # named as a string by the study's spec, imported by launch
+    "studies/*/program_*.py": (*STUDIES, *ROOMS),  # its parts
     "testing": ("core", "config", "launch", "analysis", "report", *ROOMS),
     "cli": ("core", "config", "store", "studies", "launch", "report"),
-    "": ("config", "launch", "store", "observe", "perturb"),  # descentlab/__init__.py: the flat namespace, lazy
+    "": ("config", "launch", "store", "observe", "perturb", "comm", "report"),  # descentlab/__init__.py, lazy
 }
 # At module level only these, the rest inside commands; its helpers are imported by commands only.
 INSIDE_FUNCTIONS = {"cli/main.py": ("core",), "cli/__init__.py": (), "__init__.py": ()}

@@ -42,6 +42,11 @@ from descentlab.workloads.specs import (
     ResNet50,
     SmallCnn,
     TeacherStudent,
+    Vgg11,
+    Vgg13,
+    Vgg16,
+    Vgg19,
+    WideResNet,
 )
 
 N = 24
@@ -96,6 +101,13 @@ COUNTS: list[tuple[Option, Data, int]] = [
     (ResNet18(batch_norm=False), images(*CIFAR10), 11_173_962 - 4_800),  # 2 per channel of BatchNorm, 1 of a bias
     (ResNet34(), images(*CIFAR10), 21_282_122),
     (ResNet50(), images(*CIFAR10), 23_520_842),
+    (Vgg11(), images(*CIFAR10), 9_231_114),  # of VGG for CIFAR-10 with BatchNorm and one linear layer, as published
+    (Vgg13(), images(*CIFAR10), 9_416_010),
+    (Vgg16(), images(*CIFAR10), 14_728_266),
+    (Vgg16(batch_norm=False), images(*CIFAR10), 14_728_266 - 2 * 4224),
+    (Vgg19(), images(*CIFAR10), 20_040_522),
+    (WideResNet(), images(*CIFAR10), 2_748_890),  # WRN-16-4, "2.7M"; WRN-28-10, "36.5M"
+    (WideResNet(depth=28, widen=10), images(*CIFAR10), 36_479_194),
     (NanoGpt(), text(), 960),
     (NanoGpt(), text(26), 976),
     (QuadraticModel(), Quadratic().build(), 24),
@@ -203,6 +215,8 @@ LARGE: list[tuple[str, Option, Data]] = [
     ("resnet18 7x7", ResNet18(stem="7x7", bias=True, dropout=0.15), images(3, 8)),
     ("resnet18 without BatchNorm", ResNet18(batch_norm=False), images(3, 8)),
     ("resnet50", ResNet50(), images(3, 8)),
+    ("vgg11", Vgg11(dropout=0.1), images(3, 8)),
+    ("wrn 10 1", WideResNet(depth=10, widen=1, dropout=0.1), images(3, 8)),
 ]
 
 

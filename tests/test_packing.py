@@ -44,7 +44,15 @@ MANY = ",".join(f"0.{i:02}" for i in range(1, 18))  # 17 numbers
         (["schedule.warmup_steps=0,1,5", "schedule=linear"], [(9, 3, "slices")]),
         ([f"optimizer.lr={MANY}", "replicates=2"], [(34, 1, "vectorised")]),
         ([f"optimizer.momentum={MANY}", "replicates=2"], [(34, 17, "vectorised")]),
-        (["optimizer=sgd,adam"], [(3, 1, "slices")] * 2),
+        (["optimizer=sgd,adam,rmsprop"], [(9, 3, "slices")]),  # few settings: of whatever class
+        (["optimizer={name: sgd, momentum: 0},adam"], [(3, 1, "slices")] * 2),  # one keeps no slots
+        (["optimizer=sgd,torch.optim:RAdam"], [(3, 1, "slices")] * 2),
+        (["optimizer=sgd,adam", "observe.extra=[descentlab.observe.corruption:Corruption]"], [(3, 1, "slices")] * 2),
+        (["optimizer=sgd,adam", f"optimizer.lr={MANY}", "replicates=2"], [(34, 1, "vectorised")] * 2),
+        (
+            ["optimizer=sgd,adam", "model=flexible_cnn"],
+            [(3, 1, "slices")] * 2,
+        ),  # not the same to the bit
         (["batch_size=16,32"], [(3, 1, "slices")] * 2),
         (["seed=1,2"], [(3, 1, "slices")] * 2),
         (["dtype=float32,float64"], [(3, 1, "slices")] * 2),
@@ -145,6 +153,24 @@ def test_mlp_386_is_the_same_to_the_bit_alone_in_slices_and_among_many_settings(
         mine = (pl.col("optimizer.lr") == 0.03) & (pl.col(f"optimizer.{key}") == 0.9)
         assert sorted(many.filter(mine)["run"].unique()) == sorted(ids)
         assert (many["lr"] == many["optimizer.lr"]).all()  # what was used is what the configuration column says
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_optimizers_of_four_classes_side_by_side_are_the_same_to_the_bit_as_alone(tmp_path: Path, model: str) -> None:
+    """Fails when a member is updated by its neighbour's rule, or gets its neighbour's slots; ``slot_max`` sees both."""
+    words = [f"model={model}", "dataset=mnist5k", "steps=12", "replicates=2"]
+    names = ["sgd", "adam", "rmsprop", "adamw"]
+    mixed = table(tmp_path / "mixed", *words, f"optimizer={','.join(names)}")
+    plan = json.loads((tmp_path / "mixed" / "plan.json").read_text())
+    if model == "cnn" and not plan["compiled"]:
+        pytest.skip("no C compiler on this machine: the network is vectorised, optimizer by optimizer")
+    assert [len(block["variants"]) for block in plan["blocks"]] == [4]
+    for name in names:
+        alone = table(tmp_path / name, *words, f"optimizer={name}")
+        shared = [c for c in alone.columns if c in mixed.columns and c != "cell"]
+        same = mixed.filter(pl.col("run").is_in(alone["run"].unique().to_list()))
+        assert {"slot_max", "grad_norm", "update_norm"} <= set(shared) and same.height == 24
+        assert equal_tables(same.select(shared), alone.select(shared)) == []
 
 
 def test_schedules_are_each_members_own(tmp_path: Path) -> None:

@@ -152,18 +152,18 @@ def test_pair_is_refused_with_its_reason(case: tuple[str, str, str]) -> None:
 
 
 def test_nothing_is_refused_without_need() -> None:
-    """The table of refusals, written out: staleness needs versions, the parameter server is thin so far."""
+    """The table of refusals, written out: staleness needs versions, the parameter server sends gradients whole."""
     alone = {(engine, a) for engine, a, b in REFUSED if a == b}
     timelines = ("timeline:constant", "timeline:asynchronous")
     faults = ("fault:N16_RD", "fault:event", "fault:slot_event", "fault:worker_event")
-    elsewhere = (*faults, "staleness_rule:inverse_staleness", "compressor:powersgd", "policy:schedule")
-    assert alone == {("lockstep", c) for c in timelines} | {("process", c) for c in (*timelines, *elsewhere)}
+    elsewhere = (*faults, "timeline:constant", "compressor:powersgd", "policy:schedule")
+    assert alone == {("lockstep", c) for c in timelines} | {("process", c) for c in elsewhere}
     for engine, a, b in REFUSED:
         one_room = a != b and a.split(":")[0] == b.split(":")[0]
         assert one_room or (engine, a) in alone or (engine, b) in alone
     conditions = 13
     assert len(CONDITIONS) == conditions and len(CASES) == 3 * conditions * (conditions + 1) // 2
-    assert len(RUNS) == (66 - 7) + (91 - 8) + 9  # without timelines; without two of a kind; schedule and optimizers
+    assert len(RUNS) == (66 - 7) + (91 - 8) + (21 - 1)  # without timelines; without two of a kind; schedule and optimizers
 
 
 @pytest.mark.parametrize("case", ["lockstp/optimizer:sgd", "virtual/link:slow", "virtual/sgd"])

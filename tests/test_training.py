@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import descentlab as dl
+from descentlab import store
 from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
 from descentlab.core.state import State
@@ -347,7 +348,7 @@ def test_a_diverged_run_ends_and_is_not_done(tmp_path: Path) -> None:
     assert rows.height == bad["steps"] == bad["diverged_step"] + 1 < 20
     assert rows["train_loss"].to_list()[-1] > 50 and max(rows["train_loss"].to_list()[:-1]) <= 50
     assert "more than max_loss = 50" in bad["message"]
-    columns = [c for c in alone.frame.columns if c in both.frame.columns and c not in ("wall_s", "cell")]
+    columns = [c for c in alone.frame.columns if c in both.frame.columns and c not in (*store.VOLATILE, "cell")]
     good = both.frame.filter(pl.col("run") == states["done"]["run"]).sort("step")
     assert good.select(columns).equals(alone.frame.sort("step").select(columns))
 

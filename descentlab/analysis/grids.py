@@ -19,6 +19,7 @@ from .paired import Estimate, estimate
 from .results import ResultsLike, cell_settings, last_attempts
 
 Direction = Literal["min", "max"]
+FOLD = "fold"  # the column of a study with folds
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,37 @@ def settings_of(results: ResultsLike, metric: str, direction: Direction | None =
         raise UserError("--metric", metric, "a column that some run has measured")
     worst = max(finite, key=lambda value: sign * value)
     cells = cell_settings(results.frame)
+    first = _over_folds(cells)
     by_cell: dict[int, list[float]] = {}
     for run in results.runs:
         if run["id"] in finals and run["cell"] in cells:
-            by_cell.setdefault(int(run["cell"]), []).append(finals[run["id"]])
+            by_cell.setdefault(first[int(run["cell"])], []).append(finals[run["id"]])
     means = {
         cell: estimate([value if math.isfinite(value) else worst for value in values])
         for cell, values in by_cell.items()
     }
     best = min(sign * mean.value for mean in means.values())
     made = [
-        Setting(cell, cells[cell], mean, sum(not math.isfinite(v) for v in by_cell[cell]), sign * mean.value - best)
+        Setting(
+            cell,
+            _without_fold(cells[cell]),
+            mean,
+            sum(not math.isfinite(v) for v in by_cell[cell]),
+            sign * mean.value - best,
+        )
         for cell, mean in means.items()
     ]
     return sorted(made, key=lambda s: (s.failed / s.value.n, s.suboptimality, s.cell))
+
+
+def _without_fold(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != FOLD}
+
+
+def _over_folds(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, int]:
+    """Cell -> the first cell that differs from it in its fold alone: their runs count as replicates of one setting."""
+    first: dict[str, int] = {}
+    return {cell: first.setdefault(repr(_without_fold(settings)), cell) for cell, settings in sorted(cells.items())}
 
 
 def _finals(results: ResultsLike, metric: str) -> dict[str, float]:

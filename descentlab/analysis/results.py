@@ -24,8 +24,9 @@ MEASURES = frozenset(
             "train_accuracy",
         ),
         *("grad_norm", "update_norm", "slot_max", "bn_var_max", "nonfinite_grads", "nonfinite_params", "test_loss"),
-        *("test_accuracy", "timestamp", "utilisation"),
-        *("alarm", "alarm_value", "alarm_bound", "action", "rewound"),
+        *("test_accuracy", "timestamp", "cpu_percent", "rss_mb"),
+        *("rank", "gradient_change", "messages", "link_s", "compute_s", "compress_s", "collective_s", "decompress_s"),
+        *("staleness", "weight_gap", "worker", "exposed_s", "alarm", "alarm_value", "alarm_bound", "action", "rewound"),
     }
 )
 IDENTITY = frozenset({"run", "cell", "replicate", "role", "case", "hit_step", "layer", "value", "optimizer"})

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from ..core.errors import StudyError, UserError
 
 USER_MISTAKE, FAILED, INTERRUPTED = 2, 1, 130
-RESUMABLE = ("run", "rerun")
+RESUMABLE = ("run", "batch", "rerun")
 
 
 class Commands(TyperGroup):
@@ -111,19 +111,37 @@ def run(
 
     own, profile = _profile(settings or [], launcher)
     resolved = resolve(study, own, limit=None if yes else LIMIT)
+    target = out or Path("out") / default_name(study, resolved.study.name)
     show.settings(resolved)
     show.notes(resolved)
     if dry_run:
         from ..launch.api import estimate
 
         show.runs(resolved)
-        for line in estimate(resolved):
+        for line in estimate(resolved, None if overwrite else target):
             typer.echo(line)
         return
     from ..launch import api
 
-    target = out or Path("out") / default_name(study, resolved.study.name)
     raise typer.Exit(api.run(resolved, target, yes=yes, launcher=launcher, overwrite=overwrite, **profile))
+
+
+@app.command()
+def batch(
+    studies: Annotated[
+        list[str], typer.Argument(metavar="STUDY... key=value...", help="as for run; FILE.txt lists one study a line")
+    ],
+    out: Annotated[Path, typer.Option(help="Each study gets a directory in it.")] = Path("out"),
+    start: Annotated[str, typer.Option(metavar="N|NAME", help="The first study to run, counted from 0.")] = "0",
+    dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Print the studies; touch nothing.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    launcher: Annotated[Launcher, typer.Option(help="Where blocks of runs are executed.")] = "pool",
+) -> None:
+    """Run several studies one after the other, or what is missing of them."""
+    from .batch import batch as run_all
+
+    own, profile = _profile(studies, launcher)
+    raise typer.Exit(run_all(own, out, start, yes=yes, dry_run=dry_run, launcher=launcher, **profile))
 
 
 def _profile(settings: list[str], launcher: str) -> tuple[list[str], dict[str, Any]]:
@@ -209,6 +227,18 @@ def status(directory: Directory) -> None:
 
 
 @app.command()
+def pull(
+    source: Annotated[str, typer.Argument(metavar="HOST:DIR", help="a directory that run has made, as for rsync")],
+    out: Annotated[Path | None, typer.Option(help="Where to copy it.", show_default="out/NAME")] = None,
+    dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Print the rsync command; touch nothing.")] = False,
+) -> None:
+    """Copy what is needed to read and report a directory, without checkpoints; again for what is new."""
+    from .pull import pull as copy
+
+    typer.echo(copy(source, out, dry_run))
+
+
+@app.command()
 def report(directory: Directory) -> None:
     """Write a directory's report again."""
     from ..launch import api
@@ -280,6 +310,42 @@ def plot(
     from ..report.grids import plot as draw
 
     typer.echo(draw(directory, Layout(y, x, rows, columns, hue, log), out, suboptimality))
+
+
+@app.command()
+def landscape(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run directories, or folders of them")],
+    directions: Annotated[
+        Literal["pca", "random", "filter", "hessian"], typer.Option(help="What spans the plane.")
+    ] = "pca",
+    runs: Annotated[
+        str, typer.Option(metavar="ID,ID", help="Runs to show; ids may be cut short.", show_default="all")
+    ] = "",
+    part: Annotated[Literal["train", "validation", "test"], typer.Option(help="The data the loss is of.")] = "train",
+    samples: Annotated[int, typer.Option(min=1, help="How many samples of it.")] = 1000,
+    resolution: Annotated[int, typer.Option(min=3, help="Points along an axis.")] = 31,
+    span: Annotated[
+        float | None, typer.Option(help="Half the width of the plane.", show_default="by the paths")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random directions.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="DIR/landscape")] = None,
+) -> None:
+    """Draw the loss around runs whose weights were stored (observe.snapshots_every)."""
+    from ..launch.landscape import of_directories
+    from ..report.landscape import write
+
+    chosen = [name.strip() for name in runs.split(",") if name.strip()]
+    surface = of_directories(
+        directories,
+        directions=directions,
+        runs=chosen,
+        part=part,
+        samples=samples,
+        span=span,
+        resolution=resolution,
+        seed=seed,
+    )
+    typer.echo(write(surface, out or directories[0] / "landscape"))
 
 
 @app.command()

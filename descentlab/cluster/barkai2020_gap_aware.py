@@ -14,7 +14,7 @@ from ..core.tree import Tree, clone, tree_map
 @final
 @dataclass(frozen=True)
 class GapAware:
-    """A gradient is divided, elementwise, by how many usual steps the weight has moved since the worker read it, plus 1::
+    """A gradient is divided, elementwise, by 1 + how many usual steps the weight has moved since the worker read it::
 
         g / (|w_t - w_b| / C_t + 1)
 

@@ -1,8 +1,8 @@
 """Delay laws: how long each worker needs for each of its gradients.
 
 A law gives ``seconds(workers, steps, streams, replicate)``, float64 ``[T, W]``: row i is every worker's i-th gradient.
-Draws are keyed by (replicate, worker, i), so neither a longer run nor another worker changes one. ``slow_factor``: worker
-0 has so many times the mean and the spread of the others; ``only_slow``: the others have no delay at all.
+Draws are keyed by (replicate, worker, i), so neither a longer run nor another worker changes one. ``slow_factor``:
+worker 0 has so many times the mean and the spread of the others; ``only_slow``: the others have no delay at all.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class TraceDelay:
         if columns == 1:
             return self._times[(step + worker * rows // max(1, workers)) % rows, 0]
         if columns < workers:
-            raise UserError("delay.path", self.path, f"a column for each of {workers} workers, or one; it has {columns}")
+            raise UserError(
+                "delay.path", self.path, f"a column for each of {workers} workers, or one; it has {columns}"
+            )
         return self._times[step % rows, worker]
 
 

@@ -8,7 +8,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ..core.specs import Option, Registry, Spec
 
-
 LEVELS = {  # what the published flags call intensities; help text and results differ by a factor of three
     "small": 0.03,
     "medium": 0.06,

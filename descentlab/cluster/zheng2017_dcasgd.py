@@ -36,7 +36,7 @@ class ConstantCompensation:
 class AdaptiveCompensation:
     """DC-ASGD-a: lambda_t = lam / sqrt(MS_t + 1e-7), elementwise, with one MS for all workers::
 
-        MS_t = decay MS_(t-1) + (1 - decay) g * g,    MS starts at 0
+    MS_t = decay MS_(t-1) + (1 - decay) g * g,    MS starts at 0
     """
 
     lam: float = 2.0

@@ -130,6 +130,10 @@ class Accordion:
         ranks = {key: int(rank) for key, rank in memory["rank"].items()}
         return ranks if self.per_layer else ranks["all"]
 
+    def looks(self, moment: RankMoment, last: RankMoment) -> bool:
+        """Whether the answer can differ from that at ``last``."""
+        return moment.epoch != last.epoch or moment.lr != last.lr
+
     def observe(self, memory: Tree, moment: RankMoment, grads: Tree, shared: Tree) -> None:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""
         if moment.epoch % self.rule.interval == 0:
@@ -187,7 +191,7 @@ class Calibration:
         tolerance: float = 0.25,
     ) -> None:
         self.candidates, self.threshold, self.accordion = sorted(set(candidates)), threshold, accordion
-        self.check, self.tolerance = check, tolerance
+        self.check, self.tolerance, self.weighs_time = check, tolerance, True
 
     def start(self, params: Tree) -> Tree:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""
@@ -212,6 +216,11 @@ class Calibration:
         if isinstance(asked_for, int):
             return high if asked_for > low else low
         return {name: high if r > low else low for name, r in asked_for.items()}
+
+    def looks(self, moment: RankMoment, last: RankMoment) -> bool:
+        """As :meth:`Accordion.looks`; also every ``check`` updates."""
+        then = self.accordion is not None and self.accordion.looks(moment, last)
+        return then or moment.step // self.check != last.step // self.check
 
     def observe(self, memory: Tree, moment: RankMoment, grads: Tree, shared: Tree) -> None:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""
@@ -263,6 +272,7 @@ class Budget:
         self, budget: float, unit: Literal["bytes", "seconds"], *, most: int = 8, look: int = 5, every: int = 500
     ) -> None:
         self.budget, self.unit, self.most, self.look, self.every = budget, unit, most, look, every
+        self.weighs_time = unit == "seconds"
 
     def start(self, params: Tree) -> Tree:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""
@@ -284,6 +294,10 @@ class Budget:
             for name, rank in spread(energy, self._prices(costs, moment), self._spendable(costs, moment)).items():
                 memory["rank"][name].fill_(rank)
         return {name: int(rank) for name, rank in memory["rank"].items()}
+
+    def looks(self, moment: RankMoment, last: RankMoment) -> bool:
+        """As :meth:`Accordion.looks`."""
+        return moment.step % self.every in (0, self.look)
 
     def observe(self, memory: Tree, moment: RankMoment, grads: Tree, shared: Tree) -> None:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""

@@ -216,5 +216,19 @@ class PowerSgd(Option):
         )
 
 
-COMPRESSORS = Registry("compressor", NoCompression, Fp16, Bf16, TopKElements, Signs, PowerSgd)
+class TorchPowerSgd(Option):
+    """torch's own PowerSGD hook, to compare with: real processes, one bucket, two updates whole at the start."""
+
+    name: Literal["torch_powersgd"] = "torch_powersgd"
+    rank: PositiveInt = Field(1, description="rank of the approximation of every matrix-shaped gradient")
+    min_compression_rate: PositiveFloat = Field(2.0, description="as for powersgd")
+
+    def build(self) -> Any:
+        """Its stand-in where a compressor object is asked for; the hook is made by the processes."""
+        from .powersgd import PowerSGD
+
+        return PowerSGD(self.rank, min_compression_rate=self.min_compression_rate, start_iteration=2)
+
+
+COMPRESSORS = Registry("compressor", NoCompression, Fp16, Bf16, TopKElements, Signs, PowerSgd, TorchPowerSgd)
 CompressorChoice = COMPRESSORS.field()

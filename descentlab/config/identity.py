@@ -8,8 +8,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.specs import Spec
-
 ID_LENGTH = 12  # hexadecimal digits: 48 bits, a collision in 100,000 runs has odds of 2e-5
 
 

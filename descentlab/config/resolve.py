@@ -324,7 +324,7 @@ def _cells(
     documents = [d for draft, own in zip(drafts, points, strict=True) for d in _documents(draft, own, size)]
     checked = [_validated(document, definition) for document in documents]
     raise_all(error for _, errors in checked for error in errors)
-    return [cell for cell, _ in checked if cell is not None]
+    return [own for cell, _ in checked if cell is not None for own in definition.expand(cell)]
 
 
 def _cell_errors(draft: Draft, size: str, definition: StudyDef, limit: int | None) -> list[UserError]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..cluster.link_specs import LINKS
 from ..cluster.specs import DELAYS, STALENESS_RULES, TIMELINES
 from ..comm.specs import COMPRESSORS, POLICIES
 from ..core.errors import UserError, nearest
@@ -29,6 +30,7 @@ REGISTRIES: dict[str, tuple[Registry, ...]] = {
     "arms": (ARMS,),
     "compressors": (COMPRESSORS,),
     "policies": (POLICIES,),
+    "links": (LINKS,),
     "engines": (ENGINES,),
     "timelines": (TIMELINES,),
     "delays": (DELAYS,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,7 +121,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny/resnet_18": {"model": "resnet18"},
     "tiny/resnet_34": {"model": "resnet34"},
     "tiny/resnet_50": {"model": "resnet50"},
+    **{f"tiny/vgg_{depth}": {"model": f"vgg{depth}"} for depth in (11, 13, 16, 19)},
 }
+WRN = re.compile(r"tiny/wrn_(\d+)_(\d+)(?:_(0?\.\d+))?")  # depth, widening, dropout
 
 
 def dataset(name: Any, folder: Any) -> dict[str, Any]:
@@ -141,11 +144,16 @@ def model(name: Any, pretrained: bool) -> dict[str, Any]:
     kind, _, rest = str(name).partition("/")
     if kind == "timm" and rest:
         return {"model": "timm", "model.architecture": rest, "model.pretrained": pretrained}
-    if name not in MODELS:
-        raise UserError("model", name, f"one of {', '.join(MODELS)} or timm/ARCHITECTURE")
+    wide = WRN.fullmatch(str(name))
+    if name not in MODELS and wide is None:
+        raise UserError("model", name, f"one of {', '.join(MODELS)}, tiny/wrn_DEPTH_WIDEN or timm/ARCHITECTURE")
     if pretrained:
         raise UserError("model_pretrained", True, f"false for {name}, of which there are no trained weights")
-    return dict(MODELS[str(name)])
+    if wide is None:
+        return dict(MODELS[str(name)])
+    depth, widen, dropout = wide.groups()
+    found: dict[str, Any] = {"model": "wrn", "model.depth": int(depth), "model.widen": int(widen)}
+    return {**found, **({"model.dropout": float(dropout)} if dropout else {})}
 
 
 def splits(value: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..core.errors import UserError
 from ..core.specs import Spec, extent
@@ -27,6 +27,8 @@ class StudySpec(Spec):
     processes: NonNegativeInt = extent(0, description="worker processes; 0 = one per core")
     members_per_block: NonNegativeInt = extent(0, description="models trained together at most; 0 = the stated rule")
     checkpoint_s: PositiveFloat = extent(20.0, description="seconds of work a kill can cost at most")
+    notify: str = extent("", description="a shell command, or an http(s) URL, told when the study has ended")
+    deterministic: bool = Field(False, description="refuse operations whose result can differ between executions")
     dtype: Literal["float32", "float64"] = "float32"
     dataset: Dataset = Mnist5k()
     model: Model = Mlp()
@@ -91,6 +93,7 @@ class StudyDef:
     # cells -> (cell index, replicate, role, labels) of each run
     plan: Callable[[Sequence[Any]], list[tuple[int, int, str, dict[str, Any]]]]
     check: Callable[[Any], None] = lambda cell: None  # cross-field checks of one cell; raises UserError
+    expand: Callable[[Any], list[Any]] = lambda cell: [cell]  # the cells that one point of the grid stands for
     options: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     module: str = ""
     report: str = ""  # "package.module:function" taking store.Results, returning report.Report

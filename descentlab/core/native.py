@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -49,7 +50,9 @@ def _version(compiler: str) -> bytes:
 def _build(source: Path, compiler: str, dtype: torch.dtype) -> Path:
     """The library for ``dtype``, compiled unless it is there; several processes may do this at once."""
     arguments = [*FLAGS, *TYPES[dtype]]
-    parts = (source.read_bytes(), " ".join(arguments).encode(), _version(compiler), _processor().encode())
+    included = [source.with_name(name.decode()) for name in re.findall(rb'^#include "(.+)"', source.read_bytes(), re.M)]
+    code = b"".join(path.read_bytes() for path in (source, *included))
+    parts = (code, " ".join(arguments).encode(), _version(compiler), _processor().encode())
     target = _folder() / f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

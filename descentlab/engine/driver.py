@@ -69,7 +69,8 @@ class Engine(ABC):
 
     def initial_state(self) -> State:
         """Members in slot order, each initialised from its replicate's stream."""
-        fresh = [self.parts.fresh(slot.replicate) for slot in self.slots]
+        made = {replicate: self.parts.fresh(replicate) for replicate in dict.fromkeys(self.replicates.tolist())}
+        fresh = [made[slot.replicate] for slot in self.slots]
         params, buffers = stack([p for p, _ in fresh]), stack([b for _, b in fresh])
         state = State.start(params, buffers)
         members, workers = len(self.slots), self.parts.workers

@@ -11,8 +11,8 @@ from ..core.tree import Tree
 
 
 class LocalSteps:
-    """A :class:`~descentlab.core.protocols.Work` that takes ``count`` plain SGD steps at rate ``lr`` from the weights it
-    read, on ``count`` equal pieces of the batch, and gives back how far it went::
+    """A :class:`~descentlab.core.protocols.Work` that takes ``count`` plain SGD steps at rate ``lr`` from the weights
+    it read, on ``count`` equal pieces of the batch, and gives back how far it went::
 
         w_0 = weights read,   w_(h+1) = w_h - lr g_h(w_h),   "gradient" = w_0 - w_count
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -28,8 +28,8 @@ from .journal import Entry, Journal
 from .lateness import lateness
 from .local import LocalProcesses
 from .program import BlockPlan
-from .replica import Build, Replica, Worker, reply_layout, task_layout
-from .transport import Crewing, Hub
+from .replica import Build, Worker, reply_layout, task_layout
+from .transport import Answers, Crewing, Hub
 from .wire import HEADER_BYTES, TASK, TEXT_BYTES, Header
 
 
@@ -44,8 +44,9 @@ class ParameterServer(Engine):
 
     ``build`` makes the parts anew in each process. Every update takes ``quorum`` gradients of different workers, who
     wait for it: 1 is asynchronous, the number of workers a barrier. ``bound``: how many gradients a worker may be ahead
-    of the slowest. ``delay``: how long a worker sleeps before it answers. ``journal``: where updates are logged; what it holds beyond ``step`` is made again first. No more gradients
-    are asked for than are applied. ``note`` is told of replaced workers and refused answers.
+    of the slowest. ``delay``: how long a worker sleeps before it answers. ``journal``: where updates are logged; what
+    it holds beyond ``step`` is made again first. No more gradients are asked for than are applied. ``note`` is told of
+    replaced workers and refused answers.
 
     ``log`` lists one Tick per update, with seconds since all workers were ready. ``state.worker["held"]`` are the
     weights each worker has read, ``[1, W, …]``, at ``held_version`` (-1: none). Conditions it cannot meet are listed in
@@ -63,7 +64,7 @@ class ParameterServer(Engine):
     delay: Delay | None = field(default=None, kw_only=True)
     journal: Journal | None = field(default=None, kw_only=True)
     note: Note = field(default=_ignore, kw_only=True)
-    replica: type[Replica] = field(default=Replica, kw_only=True)
+    worker: Callable[[int, Build, BlockPlan], Answers] = field(default=Worker, kw_only=True)
     log: list[Tick] = field(default_factory=list, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -140,7 +141,7 @@ class ParameterServer(Engine):
                 break
         for worker, version in coming.items():
             if version == self.step:
-                self._hold(worker)
+                self._hold(worker, version)
             elif version < self.step and version != int(self.state.worker["held_version"][0, worker]):
                 raise self._lost_log()
 
@@ -148,7 +149,7 @@ class ParameterServer(Engine):
         """Start the workers and wait until all are up: the first would be alone for a while."""
         task, reply = task_layout(self), reply_layout(self)
         sizes = HEADER_BYTES + task.size, HEADER_BYTES + max(reply.size, TEXT_BYTES)
-        crewing = Crewing(self.parts.workers, self._worker, *sizes, modules=self._modules())
+        crewing = Crewing(self.parts.workers, self._make_worker, *sizes, modules=self._modules())
         self.crew = Crew(self.hub, crewing, task, reply, self.limits, self.note)
         self.crew.open()
         while self.crew.starting:
@@ -159,28 +160,29 @@ class ParameterServer(Engine):
         """What every worker imports; the first optimizer of a process imports ``torch._dynamo``, which is slow."""
         return "torch", "torch._dynamo", __name__, getattr(self.build, "func", self.build).__module__
 
-    def _worker(self, worker: int) -> Worker:
-        return Worker(worker, self.build, self.plan, self.replica)
+    def _make_worker(self, worker: int) -> Answers:
+        return self.worker(worker, self.build, self.plan)
 
-    def _hold(self, worker: int) -> None:
-        """The current weights are what ``worker`` has read."""
+    def _hold(self, worker: int, version: int) -> None:
+        """The current weights, of ``version``, are what ``worker`` has read."""
         torch._foreach_copy_(self._held[worker], list(self.state.params.values()))
-        self.state.worker["held_version"][:, worker] = self.step
+        self.state.worker["held_version"][:, worker] = version
 
-    def _hand_out(self) -> None:
-        """Tasks to whoever is free, as many as are still needed."""
+    def _hand_out(self, version: int, advanced: Sequence[int] = ()) -> None:
+        """Tasks to whoever is free, as many as are still needed. ``version``: of the weights as they are. ``advanced``:
+        workers whose last batch is done although their cursor does not say so yet."""
         asked = self.crew.busy + len(self._arrived)
-        left = (self.plan.stop - self.step) * self.quorum - asked
+        left = (self.plan.stop - version) * self.quorum - asked
         if left <= 0:
             return
-        done = self.state.worker["cursor"][0].tolist()
+        done = [c + (w in advanced) for w, c in enumerate(self.state.worker["cursor"][0].tolist())]
         ahead = max(done) if self.bound is None else min(done) + self.bound
         for worker in [w for w in self.crew.idle if w not in self._arrived and done[w] <= ahead][:left]:
-            self._hold(worker)
+            self._hold(worker, version)
             batch = done[worker]
             seconds = 0.0 if self._sleeps is None else float(self._sleeps[min(batch, len(self._sleeps) - 1), worker])
             number, self._next_number = self._next_number, self._next_number + 1
-            task = Header(TASK, number, self.step, batch, self._numbers[worker], seconds)
+            task = Header(TASK, number, version, batch, self._numbers[worker], seconds)
             self.crew.give(worker, task, {"params": self.state.params, "buffers": self._buffers_of(worker)})
 
     def _buffers_of(self, worker: int) -> Tree:
@@ -190,14 +192,17 @@ class ParameterServer(Engine):
     def round(self) -> Round:
         """Waits for the next ``quorum`` gradients, and logs whose they are."""
         if self.step < len(self._again):
-            return self._round_of(self._again[self.step])
-        self._hand_out()
+            entry = self._again[self.step]
+            if entry.batches != tuple(int(self.state.worker["cursor"][0, w]) for w in entry.workers):
+                raise self._lost_log()
+            return self._round_of(entry)
+        self._hand_out(self.step)
         while len(self._arrived) < self.quorum:
             found = self.crew.next()
             if found is not None and self._can_be_used(found):
                 self.crew.accept(found.worker)
                 self._arrived[found.worker] = found
-            self._hand_out()
+            self._hand_out(self.step)
         entry = self._enter()
         return self._round_of(entry)
 
@@ -227,7 +232,7 @@ class ParameterServer(Engine):
     def _can_be_used(self, gradient: Gradient) -> bool:
         """Whether it is finite; or not, and rightly so. Else the worker is asked again."""
         worker, task, found = gradient
-        if _finite(found.whole):
+        if _finite([*found.tree["grads"].values(), found.tree["loss"]]):
             return True
         now = Round(np.array([[worker]]), np.array([[task.version]]), np.zeros(1))
         again = super()._work(now, 0)
@@ -252,9 +257,7 @@ class ParameterServer(Engine):
     def after_update(self) -> None:
         """The next tasks go out before the update is recorded, so that nobody waits for measurements."""
         if self.step + 1 > len(self._again):
-            self.step += 1
-            self._hand_out()
-            self.step -= 1
+            self._hand_out(self.step + 1, self.log[-1].workers)
 
     def before_checkpoint(self) -> None:
         """A checkpoint never knows of an update that the log on the disk does not."""
@@ -263,18 +266,15 @@ class ParameterServer(Engine):
 
 
 def _grads(found: Tree, keep: bool) -> Grads:
-    """``keep``: gradients are looked at after the worker was given its next task, so they are copied out of the message;
-    what the driver reads then is copied always."""
+    """``keep``: gradients are looked at after the worker was given its next task, so they are copied out of the
+    message; what the driver reads then is copied always."""
     grads = clone(found["grads"]) if keep else found["grads"]
     return Grads(grads, found["buffers"], found["loss"].clone(), found["accuracy"].clone())
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every number is; the sum tells almost always, and it is one pass."""
-    numbers = [t for t in tensors if t.is_floating_point()]
-    if all(math.isfinite(t.sum().item()) for t in numbers):
-        return True
-    return all(bool(torch.isfinite(t).all()) for t in numbers)
+    return all(math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def train(

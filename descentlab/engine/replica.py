@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .wire import FAILED, GARBLED, GRADIENT, READY, Corrupted, Header, Layout, V
 Build = Callable[[], Parts]  # picklable: every process calls it for itself
 
 
+@final
 @dataclass
 class Replica(Engine):
     """Computes one gradient at a time, of any batch of ``worker``, and remembers nothing in between.
@@ -62,16 +63,11 @@ def reply_layout(engine: Engine) -> Layout:
 @final
 @dataclass
 class Worker:
-    """Answers tasks with gradients; see :class:`~descentlab.engine.transport.Answers`. One intra-op thread.
-
-    ``late_s``: seconds before it begins to get ready (0: at once; more makes it a late joiner).
-    """
+    """Answers tasks with gradients; see :class:`~descentlab.engine.transport.Answers`. One intra-op thread."""
 
     worker: int
     build: Build
     plan: BlockPlan
-    kind: type[Replica] = Replica
-    late_s: float = 0.0
     _replica: Replica | None = field(default=None, init=False)
 
     def answer(self, message: memoryview | None, reply: memoryview) -> int:
@@ -89,18 +85,18 @@ class Worker:
     def _prepare(self) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
-        time.sleep(self.late_s)
-        self._replica = self.kind(self.plan, self.build(), worker=self.worker)
+        self._replica = Replica(self.plan, self.build(), worker=self.worker)
         self._task, self._reply = task_layout(self._replica), reply_layout(self._replica)
         self._views: tuple[Views, Views] | None = None
+        self._where: Any = None  # the memory behind the first of them
 
     def _gradient(self, message: memoryview, reply: memoryview) -> int:
         assert self._replica is not None
         task = opened(message)
         if task.size != self._task.size:
             raise Corrupted(f"{task.size} bytes instead of {self._task.size}")
-        if self._views is None:  # of memory that stays the same
-            self._views = self._task.views(message), self._reply.views(reply)
+        if self._views is None or self._where is not message.obj:  # messages mostly lie where the last one did
+            self._views, self._where = (self._task.views(message), self._reply.views(reply)), message.obj
         given, answer = self._views
         found = self._replica.gradient(task, given.tree)
         torch._foreach_copy_(answer.all, list(leaves(vars(found))))

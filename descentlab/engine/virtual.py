@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.flat import joined, split
 from ..core.protocols import Tick, Timeline
 from ..core.state import State
 from ..core.tree import Tree, tree_map
@@ -53,15 +54,16 @@ class Table:
 class Virtual(Engine):
     """W workers per member with exact staleness; the table of updates is computed before the first one.
 
-    The last S versions of the parameters, S = largest staleness + 1, are kept in ``state.worker["ring"]`` (name ->
-    ``[M, S, …]``, version v in place v mod S), so whatever copies, forks or stores a state carries them along. Where
-    nothing is ever stale there is no ring.
+    The last S versions of the parameters, S = largest staleness + 1, are kept in ``state.worker["ring"]``: all weights
+    of a member side by side, ``[M, S, P]`` for each type of number, version v in place v mod S. So whatever copies,
+    forks or stores a state carries them along. Where nothing is ever stale there is no ring.
 
     A planned perturbation of worker w at update t is realised while w computes the gradient that update t applies.
     A plan in which w does not contribute to update t is refused (``cluster.timeline.place`` moves it to the next turn).
     """
 
     timeline: Timeline = field(kw_only=True)
+    _seen: tuple[bytes, Tree] = field(default=(b"", {}), init=False)
 
     def __post_init__(self) -> None:
         self._table = Table.of(self._ticks())
@@ -85,12 +87,13 @@ class Virtual(Engine):
 
     def initial_state(self) -> State:
         state = super().initial_state()
-        s = self.versions_kept
-        if s > 1:
-            state.worker["ring"] = tree_map(lambda p: p.unsqueeze(1).repeat(1, s, *[1] * (p.dim() - 1)), state.params)
+        if self.versions_kept > 1:
+            own = {str(kind): joined(of) for kind, of in _by_type(state.params).items()}
+            state.worker["ring"] = tree_map(lambda p: p.unsqueeze(1).repeat(1, self.versions_kept, 1), own)
         return state
 
     def round(self) -> Round:
+        self._seen = b"", {}
         table, rows = self._table, [self._table.rows[replicate] for replicate in self.replicates.tolist()]
         counts = table.counts[rows, self.step]
         if (counts != counts[0]).any():
@@ -103,10 +106,15 @@ class Virtual(Engine):
         if (versions == self.step).all():
             return self.state.params
         place = versions % self.versions_kept
-        if (place == place[0]).all():  # no copy
-            return tree_map(lambda ring: ring[:, place[0]], self.state.worker["ring"])
-        rows, at = torch.arange(len(versions)), torch.from_numpy(place)
-        return tree_map(lambda ring: ring[rows, at], self.state.worker["ring"])
+        asked = place.tobytes()
+        if self._seen[0] != asked:  # the same one several times in one update: to compute, to measure, for a rule
+            same, at = bool((place == place[0]).all()), torch.from_numpy(place)
+            found: Tree = {}
+            for kind, of in _by_type(self.state.params).items():
+                ring = self.state.worker["ring"][str(kind)]
+                found.update(split(ring[:, place[0]] if same else ring[torch.arange(len(at)), at], of))
+            self._seen = asked, {name: found[name] for name in self.state.params}
+        return self._seen[1]
 
     def lateness(self, now: Round) -> dict[str, Tensor]:
         """See :func:`~descentlab.engine.lateness.lateness`."""
@@ -121,9 +129,17 @@ class Virtual(Engine):
     def _store(self, version: int) -> None:
         if "ring" not in self.state.worker:
             return
-        place, params = version % self.versions_kept, self.state.params
-        rings = [ring[:, place] for ring in self.state.worker["ring"].values()]
-        torch._foreach_copy_(rings, [params[name] for name in self.state.worker["ring"]])
+        place = version % self.versions_kept
+        for kind, of in _by_type(self.state.params).items():
+            self.state.worker["ring"][str(kind)][:, place] = joined(of)
+
+
+def _by_type(params: Tree) -> dict[torch.dtype, Tree]:
+    """The parameters of each type of number, in their order."""
+    found: dict[torch.dtype, Tree] = {}
+    for name, p in params.items():
+        found.setdefault(p.dtype, {})[name] = p
+    return found
 
 
 def _check(ticks: Sequence[Tick], workers: int) -> None:

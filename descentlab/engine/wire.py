@@ -30,9 +30,9 @@ class Corrupted(Exception):
 
 
 class Header(NamedTuple):
-    """``number``: of the task, counted over the whole run. ``version``: of the weights. ``batch``: which of the worker's
-    batches. ``applied``: number of the worker's last gradient that is in the weights, -1 for none. ``seconds``: how
-    long the worker has to wait before it answers. ``size``: bytes after the header."""
+    """``number``: of the task, counted over the whole run. ``version``: of the weights. ``batch``: which of the
+    worker's batches. ``applied``: number of the worker's last gradient that is in the weights, -1 for none.
+    ``seconds``: how long the worker has to wait before it answers. ``size``: bytes after the header."""
 
     kind: int
     number: int = -1
@@ -45,11 +45,10 @@ class Header(NamedTuple):
 
 @final
 class Views:
-    """The tensors of a message in some memory. ``tree``: by name; ``all``: the same in a row; ``whole``: one flat tensor
-    per dtype."""
+    """The tensors of a message in some memory. ``tree``: by name; ``all``: the same in a row."""
 
-    def __init__(self, tree: Tree, whole: list[Tensor]) -> None:
-        self.tree, self.whole, self.all = tree, whole, list(leaves(tree))
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.all = tree, list(leaves(tree))
 
 
 @final
@@ -67,7 +66,7 @@ class Layout:
 
     def views(self, memory: Any) -> Views:
         """Tensors on the CPU that are ``memory`` (writable, at least a header and ``size`` bytes)."""
-        places, whole, at = {}, [], HEADER_BYTES
+        places, at = {}, HEADER_BYTES
         for dtype in self._dtypes:
             own = [(path, t) for path, t in self._shapes if t.dtype == dtype]
             count = self._count(dtype)
@@ -76,9 +75,8 @@ class Layout:
             )
             for (path, t), part in zip(own, flat.split([t.numel() for _, t in own]), strict=True):
                 places[path] = part.view(t.shape)
-            whole.append(flat)
             at += _padded(count, dtype)
-        return Views(_tree(self._like, places), whole)
+        return Views(_tree(self._like, places))
 
 
 def _padded(count: int, dtype: torch.dtype) -> int:

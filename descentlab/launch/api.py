@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 from ..config.resolve import Resolved, resolve
 from ..config.yaml12 import dump
 from ..core.errors import StudyError, UserError
-from ..store import RunDirectory
+from ..store import RunDirectory, status
 from ..store import load as load_results
-from ..store.directory import LOCK_WAIT_S
+from ..store.directory import LOCK_WAIT_S, MARKER
 from ..store.provenance import record
 from ..workloads.datasets.specs import Downloaded
 from . import tuning
 from .execute import execute, pending, worker
+from .notify import tell
 from .pool import Outcome, Pool
 from .prepare import prepare, resolved_rows
 from .profile import Profile, check_slurm
@@ -85,6 +87,8 @@ def run(
                 if with_report and code != 130 and _any_finished(directory):
                     with directory.lock(REPORT_WAIT_S):
                         print(f"report: {report(directory.path)}")
+                if with_report and outcomes and code != 130:
+                    tell(directory)
         return code
 
 
@@ -120,6 +124,8 @@ def _check_device(resolved: Resolved) -> None:
 
 
 def _processes(resolved: Resolved) -> int:
+    if any(getattr(getattr(cell, "engine", None), "name", "") == "process" for cell in resolved.cells):
+        return 1  # its workers are the processes; two servers side by side would share the cores
     asked = resolved.cells[0].processes
     return asked or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else asked or os.cpu_count() or 1
 
@@ -193,7 +199,7 @@ def _submit(resolved: Resolved, directory: RunDirectory, profile: Profile) -> in
 
 def conclude(directory: RunDirectory, outcomes: Sequence[Outcome], *, interrupted: bool) -> int:
     """Say what failed or is left, write runs.jsonl; the exit code of :func:`run`."""
-    from ..store import leftovers, status
+    from ..store import leftovers
 
     failed = [o for o in outcomes if o.state == "failed"]
     for outcome in failed:
@@ -240,8 +246,11 @@ def rerun(path: Path, *, launcher: str = "pool", profile: Profile | None = None)
     return run(resolved, Path(path), yes=True, launcher=launcher, profile=profile, missing_only=True)
 
 
-def estimate(resolved: Resolved) -> list[str]:
-    """What ``run`` would cost: runs, blocks, member-steps, and a time measured on a few updates of the first block."""
+def estimate(resolved: Resolved, out: Path | None = None) -> list[str]:
+    """What ``run`` would cost: runs, blocks, member-steps, and a time measured on a few updates of the first block.
+
+    Runs that are done in ``out`` cost nothing.
+    """
     from .plan import make_plan
 
     _check_device(resolved)
@@ -260,15 +269,24 @@ def estimate(resolved: Resolved) -> list[str]:
         from .staged import summary
 
         return [f"{len(resolved.runs)} runs in {len(resolved.cells)} cells", *summary(plan)]
-    units = sum(b["member_steps"] for b in plan["blocks"])
+    done = _done(out) & {run.id for run in resolved.runs}
+    units = round(sum(b["member_steps"] * (1 - len(done & set(b["runs"])) / len(b["runs"])) for b in plan["blocks"]))
     cost = _seconds_per_unit(plan)
     processes = min(_processes(resolved), len(plan["blocks"]))
     seconds = units * cost / processes
     shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    kept = f", {len(done)} of them done in {out}" if done else ""
     return [
-        f"{len(resolved.runs)} runs in {len(plan['blocks'])} blocks, {units} member-steps",
+        f"{len(resolved.runs)} runs in {len(plan['blocks'])} blocks{kept}, {units} member-steps",
         f"about {shown} on {processes} processes ({1e6 * cost:.0f} us per member-step, measured now)",
     ]
+
+
+def _done(out: Path | None) -> set[str]:
+    """Runs that have ended in the directory ``out``, if it is one."""
+    if out is None or not (out / MARKER).is_file():
+        return set()
+    return {run.run for run in status(out).runs if run.state in ("done", "diverged")}
 
 
 def _absent(resolved: Resolved) -> list[str]:
@@ -290,6 +308,8 @@ def _seconds_per_unit(plan: dict[str, Any], updates: int = 12) -> float:
     module, _, name = plan["spec"].partition(":")
     block = read_block(plan["blocks"][0])
     cell = getattr(importlib.import_module(module), name).model_validate(block.settings)
+    if block.engine == "process":  # no processes for an estimate: the same gradients, one after the other
+        block = replace(block, engine="lockstep")
     engine = build_engine(block, cell, None, 0, Recorder())
     units, started = 0, 0.0
     for i, progress in enumerate(engine.run()):

@@ -19,14 +19,20 @@ from ..engine.lockstep import Lockstep
 from ..engine.recorder import Recorder
 from ..engine.reducing import ReducingRecorder
 from ..engine.stopping import Stopping
+from ..engine.support import DISTRIBUTED
+from ..engine.trajectory import due as weights_due
+from ..engine.trajectory import weights_file
 from ..store import BlockWriter, RunDirectory
 from ..store.claim import Claim, take
 from ..store.moments import moments_file
 from .build import build_parts, with_takeover
 from .compiled import as_planned
 from .conditions import timeline_of
+from .determinism import settled
+from .distributed import run_distributed
 from .memory import naming_the_knob
 from .plan import SEMANTICS, Block, read_block
+from .usage import Usage
 
 ROWS_HELD = 2**16  # rows kept in memory until they are written; about 8 MB
 
@@ -137,7 +143,9 @@ def run_block(
             return "done"
         what = f"a block of {len(block.plan.runs)} members with batch_size = {cell.batch_size}"
         try:
-            with naming_the_knob(what), as_planned(plan, cell.dtype):
+            with naming_the_knob(what), as_planned(plan, cell.dtype), settled(cell.deterministic):
+                if block.engine == DISTRIBUTED:
+                    return run_distributed(directory, block, cell, claim, tick, stop)
                 return _train(writer, block, cell, claim, tick, stop)
         except Exception as error:
             with suppress(StudyError):  # the disk is full: then that is what is said
@@ -199,13 +207,18 @@ def _train(
         engine.guard.load(ring, block.plan)
     own = [variant["optimizer"]["name"] if variant else cell.optimizer.name for variant in block.variants]
     names = {run.id: own[run.variant] for run in block.plan.runs}
-    due = time.monotonic() + cell.checkpoint_s
+    due, usage = time.monotonic() + cell.checkpoint_s, Usage()
+    every = cell.observe.snapshots_every
+    if every and step == 0:
+        writer.artifact(*weights_file(0, engine.state, engine.slots))
     for progress in engine.run():
         tick(progress.member_steps)
+        if weights_due(progress.step, every, progress.slots):
+            writer.artifact(*weights_file(progress.step, progress.state, progress.slots))
         stopping = stop()
         if stopping or time.monotonic() >= due:
             claim.check()
-            _flush(writer, recorder, names)
+            _flush(writer, recorder, names, usage)
             held = {"state": engine.state.state_dict(), "wall_s": recorder.now(), "diverged": dict(recorder.diverged)}
             held["ring"] = engine.guard.state_dict() if engine.guard is not None else {}
             if engine.parts.stopping is not None:
@@ -214,24 +227,23 @@ def _train(
             writer.checkpoint(held, engine.step)
             due = time.monotonic() + cell.checkpoint_s
         elif len(recorder) >= ROWS_HELD:
-            _flush(writer, recorder, names)
+            _flush(writer, recorder, names, usage)
             writer.spill()
         if stopping:
             return "interrupted"
     claim.check()
-    _flush(writer, recorder, names)
+    _flush(writer, recorder, names, usage)
     writer.finish([_status(run.id, run.stop, recorder, engine.parts.stopping) for run in block.plan.runs])
     return "done"
 
 
-def _flush(writer: BlockWriter, recorder: Recorder, optimizers: dict[str, str]) -> None:
-    for name, arrays in recorder.scenes().items():  # before the checkpoint that covers them; a resumed block writes
-        writer.artifact(name, arrays)  # the same content again
+def _flush(writer: BlockWriter, recorder: Recorder, optimizers: dict[str, str], usage: Usage) -> None:
+    writer.artifacts(recorder.scenes())  # before the checkpoint that covers them; a resumed block writes the same again
     if isinstance(recorder, ReducingRecorder) and (moments := recorder.take()):
         writer.artifact(moments_file(moments), moments)
     columns, hits = recorder.flush()
     if columns:
-        writer.rows(columns)
+        writer.rows(usage.beside(columns, recorder.now()))
     writer.hits([{**hit, "optimizer": optimizers[hit["run"]]} for hit in hits])
 
 

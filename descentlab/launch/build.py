@@ -18,6 +18,7 @@ from ..core.opmode import OpRecord, trace
 from ..core.protocols import Apply, Work
 from ..core.streams import Streams
 from ..core.tree import Tree
+from ..engine.batched_cnn import BatchedCnn, cnn_kernel, convolutions
 from ..engine.batched_mlp import BatchedMlp, plain_layers
 from ..engine.parts import Parts, Sampler
 from ..engine.program import Route, choose_route
@@ -31,12 +32,15 @@ from ..optim.vectorised import VectorisedOptimizer
 from ..perturb.events import EventEffects, EventModel, Layout
 from ..workloads.base import Data, Workload
 from ..workloads.loading import load_data
+from ..workloads.models.cnn import SmallCNN
 from ..workloads.models.mlp import MLP
+from .accelerate import check_switches
 from .arms import arm_of, with_switch
 from .conditions import conditions
 from .harness import counted, cut, dealt, equip, inferred_of, schedules_of, start_streams, update_of
 from .memory import bytes_per_member, free_bytes, is_out_of_memory
 from .packing import Update
+from .sending import with_link
 
 COVARIANCE_AT_MOST = 2000  # weights: 32 MB for every look at them
 
@@ -68,6 +72,7 @@ class Site:
     bytes_per_member: int
     free_bytes: int | None
     inferred: dict[str, Any]  # what the data and the model decide, as plan.json says it
+    alone: bool = False  # whether a member's numbers are the same to the bit beside any others
 
 
 def workload(cell: StudySpec) -> Workload:
@@ -97,6 +102,7 @@ def survey(cell: StudySpec) -> Site:
         shape = tuple(sample.shape[1:])
         raise UserError("model", cell.model.name, f"a model that accepts inputs of shape {shape} ({error})") from None
     route = choose_route(device=work.device.type, operations=operations)
+    check_switches(cell, route)
     layout = _layout(cell, module, work.data, sampler.batch_size)
     size = bytes_per_member(
         layout.params,
@@ -107,7 +113,16 @@ def survey(cell: StudySpec) -> Site:
         element_size=getattr(torch, cell.dtype).itemsize,
     )
     inferred = inferred_of(work.data, module)
-    return Site(operations, sampler.steps_per_epoch, streams, route, layout, size, free_bytes(work.device), inferred)
+    free = free_bytes(work.device)
+    alone = route == "vmap" and _one_by_one(_vectorised(module, work, 1, MemberWork(module, work)), work)
+    return Site(operations, sampler.steps_per_epoch, streams, route, layout, size, free, inferred, alone)
+
+
+def _one_by_one(many: Work, work: Workload) -> bool:
+    """Whether the work of many members is done in code that takes one after the other."""
+    if isinstance(many, BatchedCnn):
+        return work.device.type == "cpu" and cnn_kernel(work.dtype) is not None
+    return isinstance(many, BatchedMlp)
 
 
 def _layout(cell: StudySpec, module: nn.Module, data: Data, batch_size: int) -> Layout:
@@ -154,9 +169,13 @@ def _module(work: Workload, streams: Streams) -> nn.Module:
     return module
 
 
-def _vectorised(module: nn.Module, work: Workload, per_sample: int) -> Work:
-    """The stated rule (docs/decisions/0004-plain-mlps.md): a plain MLP with a cross-entropy loss is written out,
-    everything else is vectorised by ``vmap``."""
+def _vectorised(module: nn.Module, work: Workload, per_sample: int, single: Work) -> Work:
+    """The stated rule (docs/decisions/0004-plain-mlps.md and 0009): a plain MLP or the small convolutional network with
+    a cross-entropy loss is written out, everything else is vectorised by ``vmap``."""
+    if type(module) is SmallCNN and work.has_cross_entropy:
+        net = convolutions(module, tuple(work.data.x_train.shape[1:]))
+        other = VmapWork(module, work, per_sample)
+        return BatchedCnn(net, other, single) if net else other
     chain = module.layers if type(module) is MLP else module if type(module) is nn.Sequential else None
     layers = plain_layers(module, chain) if isinstance(chain, nn.Sequential) and work.has_cross_entropy else None
     return BatchedMlp(layers) if layers else VmapWork(module, work, per_sample)
@@ -190,7 +209,7 @@ def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (
     module = _module(work, streams)
     per_sample = footprint(module, work.data.x_train).largest
     single = MemberWork(module, work, per_sample)
-    many = single if route == "member" else _vectorised(_module(work, streams), work, per_sample)
+    many = single if route == "member" else _vectorised(_module(work, streams), work, per_sample, single)
 
     def fresh(replicate: int) -> tuple[Tree, Tree]:
         made = work.module(starts, replicate)
@@ -218,9 +237,9 @@ def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (
         train=(data.x_train, data.y_train),
         test=(data.x_test, data.y_test),
         fresh=fresh,
-        evaluator=single
-        if any(r.kind == "conv" for r in operations)
-        else many,  # large batches: no call overhead to save
+        evaluator=many
+        if isinstance(many, BatchedCnn) or not any(r.kind == "conv" for r in operations)
+        else single,  # large batches: no call overhead to save
         operations=operations,
         workers=getattr(cell, "workers", 1),
         staleness_rule=found.staleness_rule,
@@ -231,7 +250,7 @@ def build_parts(cell: StudySpec, route: Route, variants: Sequence[StudySpec] = (
         effects=EventEffects(streams, data.classes),
         slot_kinds=SLOT_KINDS,
     )
-    return equip(cell, parts, data)
+    return equip(cell, with_link(cell, parts), data)
 
 
 def plan_fault(cell: Any, case: int, replicate: int, site: Site) -> Any:

@@ -17,6 +17,7 @@ from ..config.tree import StudySpec
 from ..core.errors import StudyError
 from ..core.member_stats import compiled_stats
 from ..core.native import compiled_code
+from ..engine.batched_cnn import cnn_kernel
 from ..engine.native import kernel
 from .pool import KEPT
 
@@ -27,7 +28,7 @@ def missing(dtype: str) -> str | None:
     """Why this machine has no compiled code for ``dtype``, in one line; None where it has."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [make(getattr(torch, dtype)) for make in (kernel, compiled_stats)]
+        found = [make(getattr(torch, dtype)) for make in (kernel, cnn_kernel, compiled_stats)]
     if None not in found:
         return None
     said = str(caught[0].message).splitlines() if caught else ["no C compiler"]

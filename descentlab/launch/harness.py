@@ -26,12 +26,15 @@ from ..optim.wrapped import BiasDecay, Clipped, with_decay
 from ..workloads.base import Data
 from ..workloads.partition import Partitioned
 from ..workloads.sampler import with_epochs
-from ..workloads.slices import sliced
+from ..workloads.slices import folded, sliced
+from .accelerate import accelerate
 
 
 def cut(cell: Any, data: Data) -> Data:
-    """The data of a cell, cut as its ``splits`` say."""
-    return sliced(data, cell.splits.model_dump()) if hasattr(cell, "splits") else data
+    """The data of a cell, cut as its ``splits`` and ``folds`` say."""
+    if not hasattr(cell, "splits"):
+        return data
+    return folded(sliced(data, cell.splits.model_dump()), getattr(cell, "folds", None), getattr(cell, "fold", None))
 
 
 def inferred_of(data: Data, module: nn.Module) -> dict[str, Any]:
@@ -98,6 +101,8 @@ def equip(cell: Any, parts: Parts, data: Data) -> Parts:
         evaluate_every=epoch or parts.evaluate_every,
         on_schedule=_evaluations(cell, parts, data),
     )
+    if cell.amp != "none" or cell.compile != "none":
+        accelerate(cell, parts)
     if cell.accumulation > 1:
         parts.many = Accumulating(parts.many, cell.accumulation)
     if cell.head_init == "zero":

@@ -2,8 +2,8 @@
 
 Cells that differ only in their fault form a *group*: a perturbed run and its twin share a prefix. On the ``vmap`` route
 groups that differ only in numbers the update takes per member, and in the learning-rate schedule, form an *ensemble*;
-elsewhere an ensemble is one group. Small ensembles that differ in their optimizer alone are :func:`merged`. Ensembles are
-cut into blocks of whole (group, replicate) units.
+elsewhere an ensemble is one group. Small ensembles that differ in their optimizer alone are :func:`merged`. Ensembles
+are cut into blocks of whole (group, replicate) units.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class Ensemble:
     engine: str
     share_prefix: bool
     most: int  # members of a block
+    alone: bool = False  # whether a member's numbers do not depend on its neighbours to the bit
     memory: dict[str, int] | None = None  # how an accelerator's memory decided that
     inferred: dict[str, Any] = field(default_factory=dict)  # sizes that settings leave to the data
     cells: dict[str, StudySpec] = field(default_factory=dict)
@@ -121,10 +122,11 @@ class Ensemble:
         """What ensembles have in common that may train side by side though their optimizers are of several classes;
         None where this one trains by itself.
 
-        It does where something looks at all slots of the state, those of its neighbours' optimizers among them.
+        It does where its numbers would depend on its neighbours in the last bits, and where something looks at all
+        slots of the state, those of its neighbours' optimizers among them.
         """
         cells = {id(cell): cell for cell in self.cells.values()}.values()
-        if self.route != "vmap" or self.memory or any(led(cell) or not _remembers(cell.optimizer) for cell in cells):
+        if not self.alone or self.memory or any(led(cell) or not _remembers(cell.optimizer) for cell in cells):
             return None
         if any(_slots_looked_at(cell) for cell in cells):
             return None

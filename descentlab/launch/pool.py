@@ -101,11 +101,10 @@ class Pool:
     def prepare(self, study: str, out: Path, overwrite: bool) -> dict[str, Any]:
         """Have the workers plan the study (YAML text), so that this process needs no torch; see ``prepare.prepare``.
 
-        All of them do and the first answer counts: planning loads the data, which the others need next anyway.
-        Raises what planning raised.
+        The first one does, while the others load the data, which they need next. Raises what planning raised.
         """
-        for worker in self._workers:
-            worker.order(study=study, out=str(out.resolve()), overwrite=overwrite)
+        for i, worker in enumerate(self._workers):
+            worker.order(study=study, out=str(out.resolve()), overwrite=overwrite, warm_up=i > 0)
         while True:
             _, event = self._events.get()
             if event is None:
@@ -114,6 +113,9 @@ class Pool:
                 raise UserError(*event["message"][:3], hint=event["message"][3])
             if event.get("outcome") == "failed":
                 raise StudyError(event["message"])
+            if event.get("outcome") == "crashed":
+                print(event["message"], end="", file=sys.stderr)
+                raise StudyError("planning ended with the error above, before anything was written")
             if event.get("outcome") == "prepared":
                 return event["message"]
 

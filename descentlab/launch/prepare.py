@@ -32,6 +32,15 @@ def prepare(resolved: Resolved, out: Path, overwrite: bool) -> dict[str, Any]:
     return {"plan": plan, "campaign": campaign, "device": device, "notices": notices, "data_order": order}
 
 
+def warm_up(resolved: Resolved) -> None:
+    """Load what the blocks of a study need first: its data and the compiled code."""
+    from .build import workload
+    from .compiled import missing
+
+    workload(resolved.cells[0])
+    missing(resolved.cells[0].dtype)
+
+
 def _stays(block: dict[str, Any], out: Path, most: int) -> bool:
     """Whether a block of an earlier plan is kept: not if nothing of it is stored and it is too large now."""
     folder = out / "blocks" / block["key"]

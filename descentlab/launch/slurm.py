@@ -28,6 +28,7 @@ from ..store import RunDirectory, status
 from ..store.claim import LEASE_S
 from ..store.directory import LOCK_WAIT_S
 from .execute import execute, worker
+from .notify import tell
 from .pool import Pool
 from .profile import Profile, read_script
 from .queue import JOBS, queued
@@ -124,6 +125,7 @@ def _finish(directory: RunDirectory) -> None:
         newest = max((p.stat().st_mtime for p in directory.path.glob("blocks/*/done.json")), default=None)
         if newest is not None and not (page.is_file() and page.stat().st_mtime > newest):
             report(directory.path)
+    tell(directory)
 
 
 def submit(directory: RunDirectory, blocks: Sequence[dict[str, Any]], profile: Profile) -> list[str]:

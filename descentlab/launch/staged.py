@@ -1,6 +1,6 @@
 """Studies of several stages: which blocks they make, and what a stage is given while it runs.
 
-Such a study's program has ``run_stage(bench)`` and ``updates(cell, stage)``. The role of a run is the name of its stage.
+Such a study's program has ``run_stage(bench)`` and ``updates(cell, stage)``. A run's role is the name of its stage.
 Runs whose stages have the same key (:func:`~descentlab.core.stage.stage_keys`) make one stage, cut into blocks where it
 has many runs; a block waits for all blocks of the stages it continues.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+
 from ..config.resolve import Resolved
 from ..config.tree import Run, StudySpec
 from ..core.errors import StudyError
@@ -37,6 +38,7 @@ from .conditions import check_classes
 
 MEMBERS: dict[Route, int] = {"vmap": 500, "member": 25}  # runs of a block
 ROWS_HELD = 2**16
+ALONE = 60  # updates of runs in an ensemble that take as long as one update of a single run
 
 
 class Interrupted(Exception):
@@ -93,7 +95,7 @@ def _block(
         "stage": entry["name"],
         "needs": dict(needs),
         "steps": steps,
-        "member_steps": steps * len(runs),
+        "member_steps": steps * max(len(runs), ALONE),
         "route": route,
         "stages": [entry],
         "settings": cell.model_dump(mode="json"),
@@ -112,7 +114,7 @@ def summary(plan: Mapping[str, Any]) -> list[str]:
     for block in plan["blocks"]:
         runs, units = counts.get(block["stage"], (0, 0))
         counts[block["stage"]] = runs + len(block["runs"]), units + block["member_steps"]
-    parts = [f"{stage}: {runs} runs, {units} updates" for stage, (runs, units) in counts.items()]
+    parts = [f"{stage}: {runs} runs, {units} units of work" for stage, (runs, units) in counts.items()]
     return [f"{len(plan['blocks'])} blocks; " + "; ".join(parts)]
 
 
@@ -208,7 +210,7 @@ class Bench:
         """Run the engine to its end, calling ``after`` each update; ``own`` gives what a checkpoint has to hold too."""
         due = time.monotonic() + self.cell.checkpoint_s
         for progress in engine.run():
-            self.tick(progress.member_steps)
+            self.tick(max(progress.member_steps, ALONE))
             after(progress)
             stopping = self.stop()
             if stopping or time.monotonic() >= due:
@@ -232,9 +234,14 @@ class Bench:
         if columns:
             self.writer.rows(columns)
 
+    def checkpoint(self, held: Tree, step: int) -> None:
+        """Write what is buffered and a checkpoint of a stage that has no engine; it comes back as :attr:`saved`."""
+        self.claim.check()
+        self.writer.checkpoint(held, step)
+
     def advance(self, steps: int = 1) -> None:
         """Progress of a stage that has no engine; raises where it is to stop."""
-        self.tick(steps)
+        self.tick(steps * ALONE)
         if self.stop():
             raise Interrupted
 

@@ -1,8 +1,8 @@
 """A worker process of the local pool: ``python -m descentlab.launch.worker``.
 
-One JSON object per line. In: ``{"study": YAML text, "out": DIR, "overwrite": bool}`` (plan it), ``{"path": DIR,
-"block": key}`` or ``{"stop": true}``; end of input also stops it, so a worker never outlives the process that started
-it. Out: ``{"steps": n}`` (at most five times a second), ``{"outcome", "message"}``. User prints go to a log.
+One JSON object per line. In: ``{"study": YAML text, "out": DIR, "overwrite": bool, "warm_up": bool}`` (plan it, or
+load its data alone), ``{"path": DIR, "block": key}`` or ``{"stop": true}``; end of input also stops it, so a worker
+never outlives the process that started it. Out: ``{"steps": n}`` (at most five times a second), ``{"outcome", "message"}``. User prints go to a log.
 """
 
 from __future__ import annotations
@@ -86,17 +86,23 @@ def main() -> None:
 
 def _prepare(order: dict[str, Any]) -> tuple[str, Any]:
     from ..config.resolve import resolve
-    from .prepare import prepare
+    from .prepare import prepare, warm_up
 
     try:
         with tempfile.TemporaryDirectory() as folder:
             study = Path(folder) / "study.yaml"
             study.write_text(order["study"])
+            if order.get("warm_up"):
+                with suppress(Exception):  # the one that plans says what is wrong
+                    warm_up(resolve(study, limit=None))
+                return "warm", None
             return "prepared", prepare(resolve(study, limit=None), Path(order["out"]), order["overwrite"])
     except StudyError as error:
         return "failed", str(error)
     except UserError as error:  # the user's, to be shown by the parent as if it had found it
         return "refused", [error.key, plain(error.value), error.expected, error.hint]
+    except Exception:  # in code of the user's: said once by the parent, however many workers plan
+        return "crashed", traceback.format_exc()
 
 
 def plain(value: Any) -> Any:

@@ -20,6 +20,9 @@ class Observe(Spec):
     hit_artifacts: bool = extent(
         False, description="store weights, buffers and batch of every hit, so that it can be replayed elsewhere"
     )
+    snapshots_every: int = extent(
+        0, ge=0, description="steps between stored weights of every run, for landscape; 0 = none"
+    )
     reduce: Literal["none", "moments"] = Field(
         "none", description="moments: statistics over the runs of a cell instead of rows, and each run's last row"
     )
@@ -50,6 +53,9 @@ PER_STEP = {
     "bn_var_max": "largest running variance of any BatchNorm layer after the update; null without BatchNorm",
     "nonfinite_grads": "number of NaN or infinite elements of the gradient",
     "nonfinite_params": "number of NaN or infinite weights after the update",
+    "staleness": "updates since the contributing workers read the weights, in the mean; on a virtual clock only",
+    "weight_gap": "norm of the weights before the update minus those that were read, in the mean; likewise",
+    "worker": "the contributing worker, -1 where there are several; likewise",
 }
 # Observables that ``observe.extra`` knows by name: where they are, and what they give.
 EXTRA = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
-from ..analysis.grids import Direction, Setting, best_of, check_column, direction_of, sensitivity
-from ..analysis.results import ResultsLike, cell_settings, condition_labels, last_attempts, value_text
+from ..analysis.grids import Direction, Setting, best_of, check_column, direction_of, sensitivity, settings_of
+from ..analysis.results import ResultsLike, condition_labels, last_attempts, value_text
 from ..core.errors import UserError
 from .curves import MOST, Layout, draw, too_many
 
@@ -32,7 +32,8 @@ def best(directory: Path, metric: str, by: list[str], direction: Direction | Non
     from .. import store
 
     results = store.load(directory)
-    found, labels = best_of(results, metric, by, direction), condition_labels(cell_settings(results.frame))
+    found = best_of(results, metric, by, direction)
+    labels = condition_labels({s.cell: s.settings for s in settings_of(results, metric, direction)})
     head = ["setting", f"final {metric}, 95 % interval", "suboptimality"]
     return _columns([head, *([labels[s.cell], _interval(s), f"{s.suboptimality:.6g}"] for s in found)])
 

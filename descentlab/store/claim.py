@@ -23,9 +23,10 @@ from typing import Any
 
 from ..core.errors import StudyError
 from .atomic import writing
+from .directory import CLAIMS
 from .process import is_alive, process_identity
 
-FOLDER = "claims"
+FOLDER = CLAIMS
 BEAT_S = 20.0
 LEASE_S = 180.0  # of silence after which a claim of another host counts as lost; several beats and some clock skew
 

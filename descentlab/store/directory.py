@@ -18,8 +18,10 @@ from .atomic import append_bytes, is_temporary, remove_temporaries, write_bytes,
 
 FORMAT = 1
 MARKER = "descentlab.json"
+CLAIMS = "claims"  # see claim.py
 LOCK = ".lock"  # held while the files of the whole directory are written
 SESSION = ".running"  # shared by every command that runs blocks here
+TOLD = ".notified"  # touched when somebody was told that the study has ended
 LOCK_WAIT_S = 120.0
 # What --overwrite deletes: everything a run directory is documented to hold, and nothing a user put beside it.
 LAYOUT = (
@@ -33,11 +35,12 @@ LAYOUT = (
     "events.jsonl",
     "logs",
     "blocks",
-    "claims",
+    CLAIMS,
     "slurm",
     "code",
     "table.parquet",
     "report",
+    TOLD,
 )
 APPENDED = frozenset({"events.jsonl", "runs.jsonl"})  # a kill may cut their last line short
 

@@ -20,7 +20,7 @@ from .parts import NO_ROWS, BlockData, cover_text, read_block
 TABLE, HITS = "table.parquet", "hits.jsonl"
 KEYS = list(NO_ROWS)
 # Columns that may differ between two executions of the same study; comparisons drop them.
-VOLATILE = ("wall_s", "timestamp", "utilisation")
+VOLATILE = ("wall_s", "timestamp", "cpu_percent", "rss_mb")
 CONFIG = ("cell", "replicate", "role", "optimizer")
 TABLE_VERSION = "3"  # raised when the table made from the same blocks changes
 

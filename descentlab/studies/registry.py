@@ -13,6 +13,7 @@ SHIPPED = {
     "training": "descentlab.studies.training.spec:STUDY",
     "diffusion": "descentlab.studies.diffusion.spec:STUDY",
     "asynchrony": "descentlab.studies.asynchrony.spec:STUDY",
+    "compression": "descentlab.studies.compression.spec:STUDY",
 }
 
 

@@ -1,18 +1,19 @@
 """The covariance of an SGD cloud where curvature and noise change over the size of the cloud.
 
-:mod:`.diffusion` takes gradient, Hessian and noise at the point all runs start from. A cloud that has spread sees others:
-here they are averaged over a Gaussian with the predicted mean m and covariance V, again and again as it grows. With
-g, H, C averaged over theta ~ N(theta0 + m, V), C the covariance of single-sample gradients given theta, one step is
+:mod:`.diffusion` takes gradient, Hessian and noise at the point all runs start from. A cloud that has spread sees
+others: here they are averaged over a Gaussian with the predicted mean m and covariance V, again and again as it grows.
+With g, H, C averaged over theta ~ N(theta0 + m, V), C the covariance of single-sample gradients given theta, one step is
 
     m' = m - lr g        V' = (1 - lr H) V (1 - lr H) + lr^2 C / B.
 
 By Stein's lemma E[d grad L(theta0 + m + d)^T] = V H, so this is exact for a Gaussian cloud up to terms of order
-lr^2 V^2: multiplicative noise (every sample's own Hessian), third and fourth derivatives of the loss are all in it. What
-it leaves out is that the cloud is not quite Gaussian. No constant is fitted.
+lr^2 V^2: multiplicative noise (every sample's own Hessian), third and fourth derivatives of the loss are all in it.
+What it leaves out is that the cloud is not quite Gaussian. No constant is fitted.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -62,11 +63,13 @@ def gaussian_closure(
     mean, covariance = np.zeros(dimension), np.zeros((dimension, dimension))
     edges = np.unique(np.linspace(0, max(at), intervals + 1).round().astype(int))
     now = average(mean, covariance)
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in itertools.pairwise(edges.tolist()):
         half = (last - first) // 2
         middle, spread = _Stretch(now, mean, covariance, lr, batch_size).after(half)
         now = average(middle, spread)
-        back = now.gradient - now.hessian @ (middle - mean)  # the averages are around the middle, the stretch begins before
+        back = now.gradient - now.hessian @ (
+            middle - mean
+        )  # the averages are around the middle, the stretch begins before
         stretch = _Stretch(Averages(back, now.hessian, now.noise), mean, covariance, lr, batch_size)
         for t in at:
             if first < t <= last or (t == 0 and first == 0):

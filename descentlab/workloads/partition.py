@@ -1,8 +1,8 @@
 """Which training samples each worker has.
 
-A partition is called with (labels ``[n]``, workers, streams, replicate) and gives one sorted array of indices per worker.
-No sample is given to two workers; what is left out is only what the settings say (``truncate``). Draws depend on the
-replicate, so that no result hangs on one lucky deal.
+A partition is called with (labels ``[n]``, workers, streams, replicate) and gives one sorted array of indices per
+worker. No sample is given to two workers; what is left out is only what the settings say (``truncate``). Draws depend
+on the replicate, so that no result hangs on one lucky deal.
 """
 
 from __future__ import annotations

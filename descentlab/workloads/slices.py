@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.slices import PARTS, Piece, overlap, pieces
-from .base import Data
+from .base import Data, stratified_split
 
 
 def sliced(data: Data, splits: Mapping[str, str]) -> Data:
@@ -34,6 +35,26 @@ def sliced(data: Data, splits: Mapping[str, str]) -> Data:
         f"{axis}_{part}": _joined(data, axis, found[part]) for part in PARTS for axis in ("x", "y")
     }
     return replace(data, **parts)
+
+
+def folded(data: Data, folds: int | None, fold: int | None) -> Data:
+    """The data with one of ``folds`` equal parts of its training samples as validation part and the others to train on;
+    itself without folds. Parts are stratified by class and the same in every process.
+
+    Raises:
+        UserError: for more folds than training samples.
+    """
+    if folds is None or fold is None:
+        return data
+    n = len(data.x_train)
+    if folds > n:
+        raise UserError("folds", folds, f"at most the {n} training samples of '{data.name}'")
+    labels = data.y_train.numpy() if data.classes and data.y_train.ndim == 1 else np.zeros(n, dtype=np.int64)
+    parts = np.array_split(stratified_split(labels, (n, 0, 0))[0], folds)
+    held = torch.as_tensor(parts[fold])
+    rest = torch.as_tensor(np.sort(np.concatenate([part for k, part in enumerate(parts) if k != fold])))
+    own = {"x_train": data.x_train[rest], "y_train": data.y_train[rest]}
+    return replace(data, **own, x_validation=data.x_train[held], y_validation=data.y_train[held])
 
 
 def _joined(data: Data, axis: str, chosen: Sequence[Piece]) -> Tensor:

@@ -38,6 +38,11 @@ from .models.specs import (
     ResNet34,
     ResNet50,
     SmallCnn,
+    Vgg11,
+    Vgg13,
+    Vgg16,
+    Vgg19,
+    WideResNet,
 )
 
 Maker = Callable[..., Any]  # (n, batch_size, streams) -> a sampler, see workloads/sampler.py
@@ -137,4 +142,9 @@ __all__ = [
     "SmallCnn",
     "TeacherStudent",
     "TinyShakespeare",
+    "Vgg11",
+    "Vgg13",
+    "Vgg16",
+    "Vgg19",
+    "WideResNet",
 ]

@@ -4,6 +4,8 @@ import sys
 
 import descentlab as dl
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python load.py DIR, the directory of a finished run of the recovery study")
 results = dl.load(sys.argv[1])
 frame = results.frame.filter(role="fault")
 for hit in results.hits:

@@ -10,7 +10,7 @@ import polars as pl
 
 from ...analysis.results import MEASURES, ResultsLike, last_attempts
 
-_NO_METRICS = {"step", "attempt", "wall_s", "alarm", "action"}
+_NO_METRICS = {"step", "attempt", "wall_s", "timestamp", "alarm", "action"}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from ...report.figures import COLOURS, DOUBLE, GREY, SINGLE, Dot, Look, draw_intervals, looks, new_figure, panel_title
-from ...report.figures import styled
+from ...report.figures import (
+    COLOURS,
+    DOUBLE,
+    GREY,
+    SINGLE,
+    Dot,
+    Look,
+    draw_intervals,
+    looks,
+    new_figure,
+    panel_title,
+    styled,
+)
 from .outcomes import Cell, Outcomes
 
 if TYPE_CHECKING:
@@ -123,7 +134,7 @@ def staleness(frame: pl.DataFrame, cells: Sequence[Cell], expected: Mapping[str,
 
 
 def timelines(tables: Mapping[str, tuple[int, Sequence[tuple[float, tuple[int, ...], float]]]]) -> Figure:
-    """Who contributed when: for each cell one line per worker, a mark per update; ``tables``: name -> workers, ticks."""
+    """Who contributed when: for each cell a line per worker, a mark per update; ``tables``: name -> workers, ticks."""
     with styled():
         picture = new_figure(DOUBLE, 0.35 + sum(0.42 + 0.11 * w for w, _ in tables.values()))
         axes = picture.subplots(
@@ -131,12 +142,10 @@ def timelines(tables: Mapping[str, tuple[int, Sequence[tuple[float, tuple[int, .
         ).ravel()
         end = min(ticks[-1][0] for _, ticks in tables.values() if ticks)
         for i, (ax, (name, (workers, ticks))) in enumerate(zip(axes, tables.items(), strict=True)):
-            last = [0.0] * workers
-            for time_s, chosen, _ in ticks:
-                for w in chosen:
-                    ax.plot([last[w], time_s], [w, w], color=COLOURS[w % len(COLOURS)], linewidth=2.2, alpha=0.35)
-                    ax.plot(time_s, w, marker="|", color=COLOURS[w % len(COLOURS)], markersize=6)
-                    last[w] = time_s
+            for w in range(workers):
+                at, colour = [time_s for time_s, chosen, _ in ticks if w in chosen], COLOURS[w % len(COLOURS)]
+                ax.plot([0, *at], [w] * (len(at) + 1), color=colour, linewidth=2.2, alpha=0.35)
+                ax.plot(at, [w] * len(at), marker="|", color=colour, markersize=6, linestyle="none")
             ax.set_xlim(0, end)
             ax.set_ylim(workers - 0.5, -0.5)
             ax.set_yticks(range(workers))
@@ -200,7 +209,9 @@ def _kind(cell: Cell) -> str:
     if cell.settings["timeline"]["name"] == "barrier":
         return cell.factors["timeline"].split(",")[0]
     rule = cell.factors["staleness_rule"]
-    return ", ".join([cell.factors["timeline"].split(",")[0], cell.factors["delay"], *([rule] if rule != "none" else [])])
+    return ", ".join(
+        [cell.factors["timeline"].split(",")[0], cell.factors["delay"], *([rule] if rule != "none" else [])]
+    )
 
 
 def _stands(cell: Cell, panel: str) -> bool:

@@ -52,7 +52,7 @@ def _name(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], some_have
 
 
 def delay_text(own: Mapping[str, Any]) -> str:
-    """``small``, ``gaussian:0.06s``, ``small:slow2`` (worker 0 twice as slow), ``small:only_slow2`` (others at once)."""
+    """``small``, ``gaussian:0.06s``, ``small:slow2`` (worker 0 twice as slow), ``small:only_slow2`` (no others)."""
     name = own.get("delay")
     mean = own.get("delay.level") or (f"{name}:{own['delay.mean_s']:g}s" if "delay.mean_s" in own else str(name))
     factor = own.get("delay.slow_factor", 1.0)

@@ -117,6 +117,8 @@ def _staleness(results: ResultsLike, cells: Sequence[Cell]) -> Section:
 def _clusters(cells: Sequence[Cell], summary: Mapping[str, SummaryItem], brief: bool) -> Section:
     """Who worked when, who had which data, and how much faster that was."""
     blocks: list[FigureBlock | Paragraph] = []
+    if brief:
+        return Section("Clusters", [Paragraph("Timelines, partitions and speed are drawn from size=default on.")])
     try:
         blocks += _from_settings(cells)
     except (UserError, ImportError) as error:  # a third party's class, or a trace, that is not here any more
@@ -126,7 +128,7 @@ def _clusters(cells: Sequence[Cell], summary: Mapping[str, SummaryItem], brief: 
         samples, seconds = (summary[f"asynchrony/{cell.name}/{k}"].value for k in ("samples", "virtual_s"))
         if samples and seconds:
             rates[cell.name] = samples / seconds
-    if rates and not brief:
+    if rates:
         alone = next((rates[cell.name] for cell in cells if cell.alone and cell.name in rates), None)
         workers = {cell.name: int(cell.settings["workers"]) for cell in cells}
         shares = [None if alone is None else efficiency(rate, alone, workers[name]) for name, rate in rates.items()]

@@ -79,12 +79,13 @@ def _within(cell: AsynchronySpec, budget_s: float) -> int:
         steps = 1024
         while True:
             ends = [tick.time_s for tick in ticks(cell, steps, replicate)]
-            if ends[-1] > budget_s or steps > MOST_UPDATES:
+            if ends[-1] > budget_s:
                 break
+            if ends[-1] * MOST_UPDATES / steps < budget_s:
+                expected = f"a time in which there are at most {MOST_UPDATES} updates; {steps} take {ends[-1]:g} s"
+                raise UserError("time_s", budget_s, expected, hint="delay and cost.compute_s make time pass")
             steps *= 2
         least = min(least, int(np.searchsorted(ends, budget_s, side="right")))
-    if least >= MOST_UPDATES:
-        raise UserError("time_s", budget_s, "a delay or a cost.compute_s, so that time passes")
     if not least:
         raise UserError("time_s", budget_s, "time for one update at least")
     return least

@@ -1,4 +1,4 @@
-"""The report of the asynchrony study: three questions, planned contrasts, verdicts; then curves, staleness, clusters."""
+"""The report of the asynchrony study: three questions, planned contrasts, verdicts; curves, staleness, clusters."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def _verdicts(planned: Sequence[Pair], tested: Sequence[ContrastResult]) -> list
 
 def _line(pair: Pair, result: ContrastResult) -> str:
     what = "train-test gap" if pair.unit == "nats" else "test accuracy"
-    size = f"{abs(result.estimate.value):.3f} nats" if pair.unit == "nats" else f"{abs(result.estimate.value):.1f} points"
+    size = (
+        f"{abs(result.estimate.value):.3f} nats" if pair.unit == "nats" else f"{abs(result.estimate.value):.1f} points"
+    )
     word = WORDS.get(result.verdict, "within noise").format(size=size)
     return f"{pair.name}: {what} {word}"
 
@@ -217,9 +219,7 @@ def _method(found: Outcomes) -> Section:
 
 def _failures(found: Outcomes) -> TableBlock:
     of: dict[str, tuple[Cell, int]] = {run: (cell, r) for cell in found.cells for r, run in cell.runs.items()}
-    rows = [
-        [of[s.run][0].name, of[s.run][1], s.failed_step, s.reason, s.run] for s in found.scores.failures()
-    ]
+    rows = [[of[s.run][0].name, of[s.run][1], s.failed_step, s.reason, s.run] for s in found.scores.failures()]
     return TableBlock([Column(n) for n in ("condition", "replicate", "failed at step", "reason", "run")], rows)
 
 

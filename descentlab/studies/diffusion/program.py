@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ...core.stage import Stage
 from ...core.state import State
 from ...core.streams import Streams
-from ...core.tree import Tree
+from ...core.tree import Tree, stack
 from ...engine.reducing import ReducingRecorder
 from ...observe.noise import gradient_covariance
-from ...observe.specs import Observe
 from ...observe.training import BatchLoss, GradientNorm
 from ...optim.specs import Constant, Sgd
 from ...theory.orbit import period_two
@@ -30,6 +29,7 @@ from ..training.spec import Splits
 from .directions import chosen_directions, group_variances, look_times, snapshot_times
 from .program_cloud import Looks, open_weights
 from .program_curvature import CurvatureAlong, dense_hessian, set_weights
+from .program_descent import Descent
 from .program_polish import polished
 from .program_theory import predict
 from .spec import INPUTS, READS, DiffusionSpec
@@ -100,55 +100,63 @@ def packed(state: State) -> dict[str, np.ndarray]:
     return {"theta": flat(state.params)[0], **buffers}
 
 
-def starting_at(bench: Bench, parts: Any, at: Mapping[str, np.ndarray]) -> None:
-    """Let every member start from stored weights and buffers."""
+def stored(parts: Any, at: Mapping[str, np.ndarray]) -> tuple[Tree, Tree]:
+    """Parameters and buffers of one member from stored weights, as the model has them."""
     params, buffers = parts.fresh(0)
     pieces = np.split(at["theta"], np.cumsum([p.numel() for p in params.values()])[:-1])
-    params = {
-        k: torch.from_numpy(v.reshape(p.shape)).to(p) for (k, p), v in zip(params.items(), pieces, strict=True)
-    }
-    buffers = {k: torch.from_numpy(np.asarray(at[f"buffer/{k}"])).to(b) for k, b in buffers.items()}
+    params = {k: torch.from_numpy(v.reshape(p.shape)).to(p) for (k, p), v in zip(params.items(), pieces, strict=True)}
+    return params, {k: torch.from_numpy(np.asarray(at[f"buffer/{k}"])).to(b) for k, b in buffers.items()}
+
+
+def starting_at(parts: Any, at: Mapping[str, np.ndarray]) -> None:
+    """Let every member start from stored weights and buffers."""
+    params, buffers = stored(parts, at)
     parts.fresh = lambda replicate: (params, buffers)
 
 
-def plain(cell: DiffusionSpec, lr: float, sampler: Any, evaluate_every: int) -> DiffusionSpec:
-    """The cell with plain SGD at a constant rate, a row per step and test evaluations every so many."""
-    observe = Observe(every=1, evaluate_every=evaluate_every)
-    own = {"optimizer": Sgd(lr=lr), "schedule": Constant(), "sampler": sampler, "observe": observe}
-    return cell.model_copy(update=own)
+def descent(
+    bench: Bench, parts: Any, lr: float, steps: int, evaluations: int, at: Mapping[str, np.ndarray] | None
+) -> Descent:
+    """One model's descent from stored weights, or from its initial ones; evaluated about so often."""
+    params, buffers = parts.fresh(0) if at is None else stored(parts, at)
+    start = {"params": stack([params]), "buffers": stack([buffers])}
+    every, evaluate = max(1, steps // ROWS), max(1, steps // max(1, evaluations))
+    return Descent(bench, parts, lr, steps, every=every, evaluate_every=evaluate, start=start)
 
 
-def _measured(parts: Any, steps: int) -> None:
-    """Loss and gradient norm of every step, of every so many where there are very many steps."""
-    parts.observables = [BatchLoss(), GradientNorm()]
-    parts.every = max(1, steps // ROWS)
+def plain(cell: DiffusionSpec, lr: float, sampler: Any) -> DiffusionSpec:
+    """The cell with plain SGD at a constant rate."""
+    return cell.model_copy(update={"optimizer": Sgd(lr=lr), "schedule": Constant(), "sampler": sampler})
 
 
-def _sgd(bench: Bench, cell: DiffusionSpec) -> None:
+def _sgd(bench: Bench, cell: DiffusionSpec) -> Mapping[str, int]:
     own, steps = cell.reference.sgd, bench.block["steps"]
     sampler = Shuffle() if own.sampler == "shuffle" else Replacement()
-    parts = bench.parts(plain(cell, own.lr, sampler, own.evaluate_epochs * (steps // own.epochs)))
-    _measured(parts, steps)
-    engine = bench.engine(parts, own.lr, steps)
-    bench.train(engine)
-    bench.save("theta.npz", packed(engine.state))
+    made = descent(bench, bench.parts(plain(cell, own.lr, sampler)), own.lr, steps, own.evaluations, None)
+    made.run()
+    bench.save("theta.npz", packed(made.state))
+    return made.diverged()
 
 
-def _gd(bench: Bench, cell: DiffusionSpec) -> None:
+def _gd(bench: Bench, cell: DiffusionSpec) -> Mapping[str, int]:
     own, start = cell.reference.gd, bench.input("sgd", "theta.npz")
-    parts = bench.parts(plain(cell, own.lr, Full(), max(1, own.steps // 50)))
-    _measured(parts, own.steps)
-    starting_at(bench, parts, start)
-    last: list[np.ndarray] = [v for k, v in sorted(_arrays(bench.held()).items())]
+    made = descent(bench, bench.parts(plain(cell, own.lr, Full())), own.lr, own.steps, own.evaluations, start)
+    last = [v.numpy() for _, v in sorted(made.own.items())]
+
+    def keep(step: int, state: State) -> None:
+        last.append(flat(state.params)[0])
+        del last[:-3]
+
+    made.run(keep, lambda: {f"last{i}": torch.from_numpy(v) for i, v in enumerate(last)})
     if own.steps:
-        engine = bench.engine(parts, own.lr, own.steps)
+        start = packed(made.state)
+    bench.save("theta.npz", _judged(bench, cell, start, last))
+    return made.diverged()
 
-        def keep(progress: Any) -> None:
-            last.append(flat(progress.state.params)[0])
-            del last[:-3]
 
-        bench.train(engine, keep, lambda: {f"last{i}": torch.from_numpy(v) for i, v in enumerate(last)})
-        start = packed(engine.state)
+def _judged(bench: Bench, cell: DiffusionSpec, start: dict[str, np.ndarray], last: list[np.ndarray]) -> dict[str, Any]:
+    """theta*: where descent ended, polished if asked for, and whether descent ended in an orbit (``last`` points)."""
+    own = cell.reference.gd
     orbit = period_two(np.stack(last)) if len(last) == 3 else None
     found = {"gd_theta": start["theta"], "orbit_ratio": np.array(np.nan), "orbit_step": np.array(np.nan)}
     found["period_two"] = np.array(False)
@@ -156,16 +164,12 @@ def _gd(bench: Bench, cell: DiffusionSpec) -> None:
         found |= {"orbit_ratio": np.array(orbit.ratio), "orbit_step": np.array(orbit.step)}
         found["period_two"] = np.array(orbit.period_two)
     if own.polish != "none":
-        work = bench.workload(plain(cell, own.lr, Full(), 0))
+        work = bench.workload(plain(cell, own.lr, Full()))
         module = module_at(cell, work, start)
         theta, path = polished(own.polish, module, work, start["theta"], own.polish_steps, own.tolerance, bench.advance)
         start = {**start, "theta": theta}
         found["polish_gradients"] = np.array(path)
-    bench.save("theta.npz", {**start, **found})
-
-
-def _arrays(held: Tree) -> dict[str, np.ndarray]:
-    return {k: v.numpy() for k, v in held.items()}
+    return {**start, **found}
 
 
 def module_at(cell: DiffusionSpec, work: Any, at: Mapping[str, np.ndarray]) -> nn.Module:
@@ -194,9 +198,9 @@ def _curvature(bench: Bench, cell: DiffusionSpec) -> None:
 
 def _hessians(bench: Bench, cell: DiffusionSpec) -> None:
     own, lr = cell.hessians, float(cell.optimizer.lr)
-    parts = bench.parts(cell.model_copy(update={"observe": Observe(every=1, evaluate_every=0)}))
-    _measured(parts, own.steps)
-    starting_at(bench, parts, bench.input("gd", "theta.npz"))
+    parts = bench.parts(cell)
+    parts.observables, parts.every, parts.evaluate_every = [BatchLoss(), GradientNorm()], 1, 0
+    starting_at(parts, bench.input("gd", "theta.npz"))
     engine = bench.engine(parts, lr, own.steps)
     work = bench.workload(cell)
     along = CurvatureAlong(own, module_at(cell, work, bench.input("gd", "theta.npz")), work, bench.held())
@@ -220,7 +224,7 @@ def _cloud(bench: Bench, cell: DiffusionSpec) -> dict[str, int]:
     bench.recorder = ReducingRecorder(keep_rows=True) if keep_rows else ReducingRecorder()
     parts = bench.parts(cell)
     parts.observables, parts.evaluate_every = [BatchLoss(), GradientNorm()], 0
-    starting_at(bench, parts, at)
+    starting_at(parts, at)
     engine = bench.engine(parts, lr, own.steps)
     epoch = parts.sampler.steps_per_epoch
     times = look_times(own.steps, own.looks, epoch, own.snapshots)
@@ -246,29 +250,27 @@ def _cloud(bench: Bench, cell: DiffusionSpec) -> dict[str, int]:
     return looks.lost(bench.runs)
 
 
-def _control(bench: Bench, cell: DiffusionSpec) -> None:
+def _control(bench: Bench, cell: DiffusionSpec) -> Mapping[str, int]:
     """Full-batch gradient descent from theta* with the cloud's learning rate, or that times B / N."""
     steps, lr = cell.cloud.steps, float(cell.optimizer.lr)
     at, curvature = bench.input("gd", "theta.npz"), bench.input("curvature", "curvature.npz")
     n = len(sliced(load_data(cell.dataset), cell.splits.model_dump()).x_train)
     if cell.control.scaling == "B/N":
         lr *= cell.batch_size / n
-    parts = bench.parts(plain(cell, lr, Full(), max(1, steps // 20)))
-    _measured(parts, steps)
-    starting_at(bench, parts, at)
-    engine = bench.engine(parts, lr, steps)
+    made = descent(bench, bench.parts(plain(cell, lr, Full())), lr, steps, 20, at)
     times = look_times(steps, cell.cloud.looks, n // cell.batch_size, cell.cloud.snapshots)
     picked = chosen_directions(curvature["eigenvalues"], cell.cloud.projections)
-    looks = Looks(times, (), at["theta"], curvature["eigenvectors"], picked, bench.held())
+    looks = Looks(times, (), at["theta"], curvature["eigenvectors"], picked, made.own)
 
-    def after(progress: Any) -> None:
-        if progress.step in looks.due:
-            looks.look(progress.step, flat(progress.state.params), {})
+    def after(step: int, state: State) -> None:
+        if step in looks.due:
+            looks.look(step, flat(state.params), {})
 
-    bench.train(engine, after, looks.held)
+    made.run(after, looks.held)
     found = looks.arrays()
     kept = {"steps": found["steps"], "mean": found["mean"], "projections": found["projections"][:, 0]}
     bench.save("path.npz", {**kept, "lr": np.array(lr), "directions": found["directions"]})
+    return made.diverged()
 
 
 def gathered(bench: Bench) -> dict[str, Any]:
@@ -302,7 +304,13 @@ def _val_loss(bench: Bench, cell: DiffusionSpec) -> None:
     )
     arrays = {"loss": loss, "accuracy": accuracy, "start_loss": first[0], "start_accuracy": first[1]}
     bench.save("losses.npz", {**arrays, "mean_model_loss": mean[0], "mean_model_accuracy": mean[1]})
-    bench.rows({"step": [cell.cloud.steps - 1], "test_loss": [float(loss[alive].mean())], "test_accuracy": [float(accuracy[alive].mean())]})
+    bench.rows(
+        {
+            "step": [cell.cloud.steps - 1],
+            "test_loss": [float(loss[alive].mean())],
+            "test_accuracy": [float(accuracy[alive].mean())],
+        }
+    )
 
 
 def _evaluated(parts: Any, theta: np.ndarray, buffers: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

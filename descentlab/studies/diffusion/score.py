@@ -106,23 +106,23 @@ def jackknifed(value: float, groups: np.ndarray, of: Callable[[np.ndarray], floa
     return SummaryItem(value, n, value - half, value + half, f"{what}; jackknife over {len(each)} groups of runs, t")
 
 
-def floor_item(found: Score, vectors: np.ndarray, predicted: np.ndarray, draws: int = 200) -> SummaryItem:
+def floor_item(found: Score, vectors: np.ndarray, predicted: np.ndarray, draws: int = 100) -> SummaryItem:
     """sqrt(2 / (n - 1)), and the range in which a perfect prediction's relative error falls in 95 % of clouds: Wishart
     matrices drawn from the prediction (Bartlett), whose directions are correlated as the cloud's are."""
     inside = vectors.T @ predicted @ vectors
     chosen = inside[np.ix_(found.live, found.live)]
     scale = 1 / np.sqrt(np.diag(chosen))
     values, basis = np.linalg.eigh(chosen * np.outer(scale, scale))
-    root = basis * np.sqrt(values.clip(min=0.0))
+    root = (basis * np.sqrt(values.clip(min=0.0))).astype(np.float32)
     d, degrees = len(root), found.n - 1
     generator = np.random.Generator(np.random.Philox(1))
     errors = []
     for _ in range(draws):
         if degrees >= d:
-            factor = np.tril(generator.standard_normal((d, d)), -1)
+            factor = np.tril(generator.standard_normal((d, d), dtype=np.float32), -1)
             factor[np.diag_indices(d)] = np.sqrt(generator.chisquare(degrees - np.arange(d)))
         else:
-            factor = generator.standard_normal((d, degrees))
+            factor = generator.standard_normal((d, degrees), dtype=np.float32)
         ratio = ((root @ factor) ** 2).sum(1) / degrees
         errors.append(np.sqrt(np.mean((ratio - 1) ** 2)))
     low, high = np.quantile(errors, [0.025, 0.975])
@@ -139,17 +139,26 @@ def items(found: Score, vectors: np.ndarray, predicted: np.ndarray) -> dict[str,
         "inside_chi_square": (found.inside, f"share of ratios in their chi-square 95 % interval, {over}"),
         "outside_marchenko_pastur": (found.outside, "share of eigenvalues of Vhat^-1/2 V Vhat^-1/2 outside the band"),
         "flat_directions": (float((~live).sum()), f"predicted below {FLAT:g} of the largest variance"),
-        "flat_largest": (found.flat_largest, "largest measured variance of a flat direction over the largest predicted"),
+        "flat_largest": (
+            found.flat_largest,
+            "largest measured variance of a flat direction over the largest predicted",
+        ),
         "model_error": (found.model_error, "sqrt(relative error^2 - floor^2), 0 where below the floor"),
     }
     out = {name: SummaryItem(value, n, None, None, method) for name, (value, method) in plain.items()}
     groups = found.groups
     out["log_correlation_all"] = jackknifed(
-        found.log_correlation, groups, lambda g: diffusion.log_correlation(g[live], b[live]), n,
+        found.log_correlation,
+        groups,
+        lambda g: diffusion.log_correlation(g[live], b[live]),
+        n,
         f"Pearson correlation of the logarithms of measured and predicted variance {over}",
     )
     out["relative_error_all"] = jackknifed(
-        found.relative_error, groups, lambda g: diffusion.relative_error(g[live], b[live]), n,
+        found.relative_error,
+        groups,
+        lambda g: diffusion.relative_error(g[live], b[live]),
+        n,
         f"sqrt(mean((V_i / Vhat_i - 1)^2)) {over}",
     )
     out["monte_carlo_floor"] = floor_item(found, vectors, predicted)

@@ -48,7 +48,7 @@ def settings(document: Mapping[str, Any], where: str) -> dict[str, Any]:
         "batch_size": document["BATCH_SIZE"],
         "sampler": loader,
         "reference": {
-            "sgd": {"lr": rate, "epochs": document["EPOCHS_SGD"], "sampler": first, "evaluate_epochs": 10},
+            "sgd": {"lr": rate, "epochs": document["EPOCHS_SGD"], "sampler": first},
             "gd": {"lr": rate, "steps": document["EPOCHS_GD"]},
         },
         "hessians": {"steps": document["HESSIAN_STEPS"], "every": 1},

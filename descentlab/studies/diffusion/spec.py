@@ -45,9 +45,9 @@ class Descent(Spec):
     """Plain SGD from the initial weights."""
 
     lr: PositiveFloat = 0.1
-    epochs: PositiveInt = Field(400, description="passes over the training set")
+    epochs: PositiveInt = Field(2000, description="passes over the training set")
     sampler: Literal["shuffle", "replacement"] = "shuffle"
-    evaluate_epochs: PositiveInt = Field(10, description="epochs between evaluations")
+    evaluations: PositiveInt = Field(100, description="evaluations on the test set, evenly spaced")
 
 
 class Polish(Spec):
@@ -55,6 +55,7 @@ class Polish(Spec):
 
     lr: PositiveFloat = 0.1
     steps: NonNegativeInt = Field(3000, description="full-batch updates")
+    evaluations: PositiveInt = Field(50, description="evaluations on the test set, evenly spaced")
     polish: Literal["none", "lbfgs", "newton"] = Field(
         "none", description="afterwards: L-BFGS goes on downhill; newton goes to the nearest point without gradient"
     )
@@ -86,7 +87,9 @@ class Cloud(Spec):
 
     steps: PositiveInt = Field(1111, description="updates of each run")
     looks: PositiveInt = Field(60, description="moments at which spread and projections are recorded")
-    snapshots: list[NonNegativeInt] = Field([], description="steps whose weights are kept, beside half an epoch and end")
+    snapshots: list[NonNegativeInt] = Field(
+        [], description="steps whose weights are kept, beside half an epoch and end"
+    )
     projections: PositiveInt = Field(12, description="directions whose coordinates are kept for every run")
     store: Literal["moments", "weights"] = Field(
         "moments", description="weights: also every weight of every run and step, in a memory-mapped array"
@@ -207,7 +210,7 @@ QUICK: dict[str, Any] = {
     "reference": {"sgd": {"epochs": 40}, "gd": {"steps": 200}},
     "hessians": {"steps": 40},
     "cloud": {"steps": 105, "looks": 20},
-    "theory": {"intervals": 2, "draws": 2, "hessians": 1},
+    "theory": {"closure": "linear"},
 }
 
 STUDY = StudyDef(

@@ -9,8 +9,8 @@ from ...core.stage import Stage
 from ...core.streams import Streams
 from ...workloads.loading import load_data
 from ...workloads.sampler import with_epochs
-from ...workloads.slices import sliced
-from .spec import TrainingSpec
+from ...workloads.slices import folded, sliced
+from .spec import FOLD_METRIC, TrainingSpec
 
 
 def engine(cell: TrainingSpec) -> str:
@@ -31,11 +31,15 @@ def horizon(cell: TrainingSpec, planned: Sequence[Planned]) -> tuple[int, int]:
 
 
 def _steps_per_epoch(cell: TrainingSpec) -> int:
-    data = sliced(load_data(cell.dataset), cell.splits.model_dump())
+    data = folded(sliced(load_data(cell.dataset), cell.splits.model_dump()), cell.folds, cell.fold)
     sampler = cell.sampler.build()(len(data.x_train), cell.batch_size, Streams(cell.seed))
     return int(with_epochs(sampler, cell.steps_per_epoch, cell.samples_per_epoch).steps_per_epoch)
 
 
 def stages(cell: TrainingSpec) -> list[Stage]:
-    """One training stage per configuration; the statistics over its replicates come from it."""
-    return [Stage("training", "train", cell.identity()), Stage("statistics", "derive", {}, ("training",))]
+    """One training stage per configuration; the statistics over its replicates come from it, and with folds the choice
+    of the configuration with the best mean over them."""
+    made = [Stage("training", "train", cell.identity()), Stage("statistics", "derive", {}, ("training",))]
+    if cell.folds is None:
+        return made
+    return [*made, Stage("choice", "choose", {"folds": cell.folds, "metric": FOLD_METRIC}, ("statistics",))]

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from ...analysis.failures import Scores, final_scores
+from ...analysis.grids import FOLD, settings_of
 from ...analysis.paired import estimate, wilson
 from ...analysis.results import ResultsLike, cell_settings, class_count, condition_labels, last_attempts
 from ...core.errors import StudyError
@@ -17,7 +18,7 @@ from ...report import Column, FigureBlock, Paragraph, Report, Section, SummaryIt
 from ...report.figures import DOUBLE, Look, looks, new_figure, panel_title, styled
 from ...store.moments import load_moments
 from ..common import bounded, command_text, failure_rule_text, is_brief, item, scaled, shown_provenance
-from .spec import STUDY
+from .spec import FOLD_METRIC, STUDY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def build(results: ResultsLike) -> Report:
     return Report(
         title="Training runs",
         question=STUDY.question,
-        verdicts=[_verdict(labels[cell], summary) for cell in sorted(by_cell)][:LARGE],
+        verdicts=[*_choice(results), *(_verdict(labels[cell], summary) for cell in sorted(by_cell))][:LARGE],
         sections=_sections(Source(results.frame, moments), labels, by_cell, summary, scores),
         summary=summary,
         failures=_failures(scores, runs, labels),
@@ -80,6 +81,19 @@ def cell_summary(scores: Scores, runs: list[str]) -> dict[str, SummaryItem]:
         "accuracy": bounded(item(estimate([score.test_accuracy for score in of]))),
         "failure_rate": item(wilson(sum(score.failed for score in of), len(of))),
     }
+
+
+def _choice(results: ResultsLike) -> list[Verdict]:
+    """The setting that a comparison over folds chooses: the best mean of the validation loss, failures last."""
+    if FOLD not in results.frame.columns or FOLD_METRIC not in results.frame.columns:
+        return []
+    best, *others = settings_of(results, FOLD_METRIC)
+    name = ", ".join(f"{key} = {value}" for key, value in best.settings.items()) or "the only setting"
+    text = f"chosen over folds: {name}, validation loss {best.value.value:.4f} nats"
+    second = f"; the next one is {others[0].suboptimality:.4f} nats worse" if others else ""
+    return [
+        Verdict(text, f"mean of n = {best.value.n} runs, {best.failed} failed{second}; folds share training samples")
+    ]
 
 
 def _verdict(label: str, summary: Mapping[str, SummaryItem]) -> Verdict:

@@ -14,6 +14,7 @@ from ...core.specs import Spec, extent
 from ...optim.specs import Averaging, NoAverage
 
 Part = Literal["train", "validation", "test"]
+FOLD_METRIC = "validation_loss"  # what a comparison over folds goes by
 
 
 class Splits(Spec):
@@ -42,6 +43,10 @@ class TrainingSpec(StudySpec):
     samples: PositiveInt | None = Field(None, description="samples seen; given instead of epochs")
     replicates: PositiveInt = extent(10)
     splits: Splits = Splits()
+    folds: int | None = Field(
+        None, ge=2, description="parts of the training set, each validated on by a run of its own"
+    )
+    fold: NonNegativeInt | None = Field(None, description="the one of the folds to validate on; null = each in turn")
     steps_per_epoch: PositiveInt | None = Field(None, description="updates that count as an epoch; null = a data pass")
     samples_per_epoch: PositiveInt | None = Field(None, description="samples that count as an epoch, likewise")
     evaluate_epochs: PositiveInt | None = Field(
@@ -54,6 +59,8 @@ class TrainingSpec(StudySpec):
         None, description="weight decay of parameters with bias in their name; null = that of all others"
     )
     averaging: Averaging = NoAverage()
+    amp: Literal["none", "bfloat16"] = Field("none", description="autocast of the forward pass in training steps")
+    compile: Literal["none", "inductor", "eager"] = Field("none", description="torch.compile backend of the same")
     head_init: Literal["model", "zero"] = Field("model", description="weights of the last layer: the model's own, or 0")
     seed_model: NonNegativeInt | None = Field(None, description="seed of the initial weights; null = seed")
     loss: Literal["auto", "square"] = Field(
@@ -106,11 +113,30 @@ def check(cell: TrainingSpec) -> None:
         raise UserError("samples_per_epoch", cell.samples_per_epoch, "only one of it and steps_per_epoch")
     if cell.batch_size % cell.accumulation:
         raise UserError("accumulation", cell.accumulation, f"a divisor of batch_size = {cell.batch_size}")
+    if cell.amp != "none" and cell.dtype != "float32":
+        raise UserError("amp", cell.amp, f"none beside dtype = {cell.dtype}, which autocast leaves alone")
+    _check_folds(cell)
     if "test" not in cell.evaluate_on:
         raise UserError("evaluate_on", cell.evaluate_on, "a list with test, which reports are about")
     if cell.bias_decay is not None and not hasattr(cell.optimizer, "weight_decay"):
         raise UserError("bias_decay", cell.bias_decay, f"null beside {cell.optimizer.name}, a third party's class")
     _check_watching(cell)
+
+
+def _check_folds(cell: TrainingSpec) -> None:
+    if cell.fold is not None and cell.fold >= (cell.folds or 0):
+        raise UserError("fold", cell.fold, f"a number below folds = {cell.folds}" if cell.folds else "folds beside it")
+    if cell.folds and cell.splits != Splits():
+        raise UserError("folds", cell.folds, "no splits beside it: a fold is the validation set")
+
+
+def expand(cell: TrainingSpec) -> list[TrainingSpec]:
+    """A cell per fold, which evaluates on it; the cell itself without folds."""
+    if cell.folds is None:
+        return [cell]
+    folds = range(cell.folds) if cell.fold is None else [cell.fold]
+    evaluate_on = list(dict.fromkeys([*cell.evaluate_on, "validation"]))
+    return [cell.model_copy(update={"fold": fold, "evaluate_on": evaluate_on}) for fold in folds]
 
 
 def _check_watching(cell: TrainingSpec) -> None:
@@ -144,6 +170,7 @@ STUDY = StudyDef(
     sizes={"quick": {"replicates": 3}, "default": {}, "full": {"replicates": 40}},
     plan=plan,
     check=check,
+    expand=expand,
     options={"optimizer": TUNED},
     module="descentlab.studies.training.program",
     report="descentlab.studies.training.report:build",

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ...core.errors import UserError
 from ...core.specs import External, Option, Registry
+from .tiny_specs import Vgg11, Vgg13, Vgg16, Vgg19, WideResNet
 from .vision_specs import DenseNet121, EfficientNetB0, NfResNet26, Timm
 
 Activation = Literal["silu", "relu", "tanh", "gelu"]
@@ -234,6 +235,11 @@ MODELS = Registry(
     ResNet18,
     ResNet34,
     ResNet50,
+    Vgg11,
+    Vgg13,
+    Vgg16,
+    Vgg19,
+    WideResNet,
     NanoGpt,
     EfficientNetB0,
     DenseNet121,

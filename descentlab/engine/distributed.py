@@ -1,0 +1,260 @@
+"""One process of W that train one model together: DistributedDataParallel with a communication hook of ours.
+
+Draws, batches and the compressor are those of a lockstep run of W workers, so the weights agree with it. What a process
+measures of an update: seconds from its start to the end of the optimizer's step, evaluations and checkpoints apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..core.opmode import OpMode, Ops
+from ..core.protocols import AdaptiveRankPolicy, Grads, RankCosts, RankMoment, Ranks
+from ..core.ring import all_reduce_s
+from ..core.state import State
+from ..core.tree import Tree, tree_map
+from .driver import Engine, Round
+from .work import MemberWork
+
+BUSY = ("compress_s", "collective_s", "decompress_s")
+_DDP = inspect.signature(DistributedDataParallel).parameters
+PROBE_BYTES = 2**18  # of the large message; 0.1 s at 20 Mbit/s
+
+
+class Hook(Protocol):
+    """What this engine needs of a communication hook."""
+
+    bytes_sent: int
+    messages: int
+
+    def attach(self, model: DistributedDataParallel) -> Any: ...
+
+    def timings(self) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the processes' link does: seconds of a message of eight bytes, Mbit/s of one of 256 kB. (An all-reduce of
+    W processes; both as of one hop of a ring.)"""
+
+    latency_s: float
+    bandwidth_mbps: float
+
+
+def measure_environment(repeats: int = 10) -> Environment:
+    """Medians over ``repeats`` small and three large all-reduces, after one of each; on every process at once."""
+    world = dist.get_world_size()
+    small = _median_s(torch.zeros(1, dtype=torch.float64), repeats)
+    large = _median_s(torch.zeros(PROBE_BYTES, dtype=torch.uint8), 3)
+    found = torch.tensor([small, large], dtype=torch.float64)
+    dist.broadcast(found, 0)
+    small, large = found.tolist()
+    hops = max(1, 2 * (world - 1))
+    carried = hops / world * PROBE_BYTES
+    return Environment(small / hops, 8 * carried / max(large - small, 1e-9) / 1e6)
+
+
+def _median_s(tensor: Tensor, repeats: int) -> float:
+    found = []
+    for i in range(repeats + 1):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        if i:
+            found.append(time.perf_counter() - started)
+    return float(np.median(found))
+
+
+@final
+@dataclass
+class Distributed(Engine):
+    """Runs one run as process ``rank`` of the process group; process 0 measures and keeps the rows.
+
+    ``hook`` exchanges gradients while the backward pass goes on; ``environment`` is for policies that weigh times. A
+    run without planned perturbations; what else it refuses is in :mod:`descentlab.engine.support`.
+    """
+
+    hook: Hook = field(kw_only=True)
+    bucket_mb: float = field(default=25.0, kw_only=True)
+    environment: Environment | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if len(self.plan.runs) != 1:
+            raise ValueError("processes under torchrun train one run at a time")
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.world != self.parts.workers:
+            raise ValueError(f"{self.world} processes, but workers = {self.parts.workers}")
+        super().__post_init__()
+        single = self.parts.single
+        assert isinstance(single, MemberWork)
+        self._objective, self.module = single.objective, copy.deepcopy(single.module)
+        self._named = dict(self.module.named_parameters())
+        self._bind()
+        keep = "forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers"  # its older name
+        self.model = DistributedDataParallel(self.module, bucket_cap_mb=self.bucket_mb, **{keep: False})
+        self.hook.attach(self.model)
+        self._elapsed, self._started = float(self.state.clock["virtual_s"][0]), 0.0
+        self._compute_s = self.parts.compute_s
+        self._last: RankMoment | None = None
+        self._asked: Ranks | None = None
+
+    def initial_state(self) -> State:
+        state = super().initial_state()
+        times = {key: torch.zeros(1, dtype=torch.float64) for key in ("compute_s", "exposed_s", *BUSY)}
+        link = {"seconds": torch.zeros(1, dtype=torch.float64), "messages": torch.zeros(1, dtype=torch.int64)}
+        kept = {key: value for key, value in state.shared.items() if key in ("policy",)}
+        worker = {**state.worker, "memory": {}}
+        return State(state.server, worker, {**kept, "times": times, "link": link}, state.clock)
+
+    def _bind(self) -> None:
+        """The module's parameters are the state's, without a copy."""
+        for name, p in self._named.items():
+            p.data = self.state.params[name][0]
+
+    def round(self) -> Round:
+        self._started = time.perf_counter()
+        if self.parts.rank_policy is not None:
+            self._resize()
+        return Round(np.array([[self.rank]]), np.array([[self.step]]), np.zeros(1))
+
+    def view(self, versions: np.ndarray) -> Tree:
+        return self.state.params
+
+    def _resize(self, lr: Tensor | None = None) -> None:
+        """Process 0 asks the policy where its answer can change, and tells the others."""
+        policy, moment = self.parts.rank_policy, self.exchanging.moment(self.state, self.step, self._rates())
+        looks = getattr(policy, "looks", None)
+        if self._last is not None and looks is not None and not looks(moment, self._last):
+            return
+        if getattr(policy, "weighs_time", False) and self._last is not None:
+            self.environment = measure_environment()
+        self._last = moment
+        names = [name for name, p in self._named.items() if p.dim() > 1]
+        told = torch.zeros(len(names), dtype=torch.int64)
+        if self.rank == 0:
+            ranks = self._decide(policy, moment)
+            told += torch.tensor([ranks[name] if isinstance(ranks, Mapping) else ranks for name in names])
+        dist.broadcast(told, 0)
+        by_name = dict(zip(names, told.tolist(), strict=True))
+        if by_name != self._asked:
+            self._asked = by_name
+            self.hook.set_rank(by_name)  # type: ignore[attr-defined]
+
+    def _decide(self, policy: Any, moment: RankMoment) -> Ranks:
+        if not isinstance(policy, AdaptiveRankPolicy):
+            return policy.rank(moment)
+        costs = self.exchanging.costs(self.state)
+        environment = self.environment or Environment(0.0, 0.0)
+
+        def seconds(ranks: Ranks, step: int) -> float:
+            requests = self.parts.compressor.requests(  # type: ignore[attr-defined]
+                {name: tuple(p.shape) for name, p in self._named.items()}, ranks, costs.element_size
+            )
+            link = (environment.bandwidth_mbps, environment.latency_s)
+            return sum(all_reduce_s(r.bytes_per_worker, self.world, *link) for r in requests)
+
+        return policy.decide(self.state.shared["policy"], moment, RankCosts(self._compute_s, seconds, costs.shapes))
+
+    def _work(self, now: Round, k: int) -> Grads:
+        """This process's batch; the gradients that come back are already the average."""
+        self._bind()
+        state, who = self.state, now.workers[:, k]
+        cursor = state.worker["cursor"][0, who].numpy()
+        index = torch.from_numpy(self.parts.sampler.indices(self.replicates, who, cursor))[0]
+        x, y = (t[index.to(t.device)] for t in self.parts.train)
+        self._load_buffers()
+        self.module.train()
+        self.model.zero_grad(set_to_none=True)
+        masks = {key: mask[0] for key, mask in self._masks(who, cursor).items()}
+        if masks:
+            with OpMode(self.module, Ops(masks=masks)):
+                output = self.model(x)
+        else:
+            output = self.model(x)
+        loss = self._objective.loss(output, y)
+        loss.backward()
+        grads = {name: _given(p).unsqueeze(0) for name, p in self._named.items()}
+        buffers = {name: b.detach().unsqueeze(0).clone() for name, b in self.module.named_buffers()}
+        accuracy = self._objective.accuracy(output.detach(), y)
+        return Grads(grads, buffers, loss.detach().unsqueeze(0), accuracy.unsqueeze(0))
+
+    def _load_buffers(self) -> None:
+        held = self.state.worker.get("buffers", {})
+        for name, b in self.module.named_buffers():
+            if name in held:
+                b.copy_(held[name][0, self.rank])
+
+    def _exchange(self, now: Round, grads: list[Tree], lr: Tensor) -> Tree:
+        if self.rank == 0 and self.parts.rank_policy is not None:
+            shared = {**self.state.shared, "q": self._factors()}
+            policy = self.parts.rank_policy
+            if isinstance(policy, AdaptiveRankPolicy):
+                moment = self.exchanging.moment(self.state, self.step, lr)
+                policy.observe(self.state.shared["policy"], moment, grads[0], shared)
+        return grads[0]
+
+    def _factors(self) -> Tree:
+        q = getattr(self.hook, "q", None)
+        return {} if q is None else {n: q(n).unsqueeze(0) for n, p in self._named.items() if p.dim() > 1}
+
+    def _put_buffers(self, now: Round, buffers: list[Tree]) -> None:
+        """Every process keeps its own; where an evaluation is due, the server's become their average."""
+        state = self.state
+        for name, value in buffers[0].items():
+            state.worker["buffers"][name][0, self.rank] = value[0]
+        if not buffers[0] or not self.measuring.due(self.step):
+            tree_map(lambda t, new: t.copy_(new), state.buffers, buffers[0])
+            return
+        for name, value in buffers[0].items():
+            total = value.clone()
+            dist.all_reduce(total)
+            state.buffers[name].copy_(total / self.world if total.is_floating_point() else value)
+
+    def _advance(self, now: Round) -> None:
+        spent = time.perf_counter() - self._started
+        self._elapsed += spent
+        clock, shared, sampler = self.state.clock, self.state.shared, self.parts.sampler
+        self.state.worker["cursor"] += 1
+        clock["step"].add_(1)
+        clock["samples"].add_(self.world * sampler.batch_size)
+        clock["virtual_s"].fill_(self._elapsed)
+        clock["bytes_sent"].fill_(self.hook.bytes_sent * self.world)
+        clock["epoch"].copy_((clock["samples"] - 1) // (sampler.steps_per_epoch * sampler.batch_size))
+        found = self.hook.timings()
+        exposed = found.get("exposed_s", 0.0)
+        for key in BUSY:
+            shared["times"][key].fill_(found.get(key, 0.0))
+        shared["times"]["exposed_s"].fill_(exposed)
+        shared["times"]["compute_s"].fill_(spent - exposed)
+        self._compute_s = spent - exposed if not self._compute_s else 0.9 * self._compute_s + 0.1 * (spent - exposed)
+        shared["link"]["messages"].fill_(self.hook.messages)
+        shared["link"]["seconds"].add_(found.get("collective_s", 0.0))
+        if (factors := self._factors()) and self.rank == 0:
+            shared["q"] = factors
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything this process needs to go on; other than :class:`State`, every process has its own."""
+        state = self.state.state_dict()
+        state["shared"] = {key: value for key, value in state["shared"].items() if key != "q"}
+        return {"state": state, "hook": self.hook.state_dict()}
+
+
+def _given(p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad.detach()

@@ -1,0 +1,152 @@
+"""One process of a block under torchrun: ``python -m descentlab.launch.rank DIR BLOCK``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cluster.namespaces import end_with_parent, enter
+from ..core.errors import StudyError, UserError
+
+if TYPE_CHECKING:
+    from ..engine.distributed import Distributed, Hook
+    from ..store import BlockWriter
+    from .usage import Usage
+
+ASK_EVERY = 10  # updates between two questions whether to stop or to write a checkpoint
+GO, SAVE, LEAVE = 0, 1, 2
+
+
+def main(path: Path, key: str) -> None:
+    """Train the block from its last checkpoint to its end, or until asked to stop."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    end_with_parent()
+    namespaces = [name for name in os.environ.get("DESCENTLAB_NETNS", "").split(",") if name]
+    if namespaces:
+        enter(namespaces[rank])  # before any thread is started
+
+    import torch
+    import torch.distributed as dist
+
+    from .distributed import MESSAGE
+
+    torch.set_num_threads(1)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    folder = path / "blocks" / key
+    meet = folder / f"meeting-{os.environ.get('TORCHELASTIC_RUN_ID', '0')}-{attempt}"
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(str(meet), world), rank=rank, world_size=world)
+        _train(path, key, rank)
+        dist.barrier()
+    except (StudyError, UserError) as error:
+        if rank == 0:
+            (folder / MESSAGE).write_text(f"{error}\n")
+        raise
+    finally:
+        if rank == 0:
+            meet.unlink(missing_ok=True)
+    dist.destroy_process_group()
+
+
+def hook_of(cell: Any, replicate: int) -> Hook:
+    """The communication hook that does what a cell's compressor does in lockstep."""
+    from ..comm.hook import CompressorHook
+    from ..comm.plain_hooks import AllReduceHook, TorchPowerSGDHook
+    from ..comm.powersgd_hook import PowerSGDHook
+
+    option = cell.compressor
+    if option.name == "none":
+        return AllReduceHook()
+    if option.name == "torch_powersgd":
+        return TorchPowerSGDHook(option.rank, min_compression_rate=option.min_compression_rate, seed=cell.seed)
+    if option.name == "powersgd":
+        keys = ("min_compression_rate", "start_iteration", "error_feedback", "warm_start")
+        return PowerSGDHook(
+            option.rank, seed=cell.seed, replicate=replicate, **{key: getattr(option, key) for key in keys}
+        )
+    return CompressorHook(option.build(), seed=cell.seed, replicate=replicate)
+
+
+def _train(path: Path, key: str, rank: int) -> None:
+    from ..core.state import State
+    from ..engine.distributed import Distributed, measure_environment
+    from ..store import BlockWriter, RunDirectory
+    from .block import _flush, _status, make_recorder, open_block
+    from .build import build_parts
+    from .plan import SEMANTICS
+    from .run_state import agreed_step, load_own
+    from .usage import Usage
+
+    directory = RunDirectory.open(path)
+    block, cell = open_block(directory, key)
+    run = block.plan.runs[0]
+    writer = BlockWriter(directory, key, semantics=SEMANTICS, runs=[run.id], steps=run.stop) if rank == 0 else None
+    held = writer.resume() if writer is not None else None
+    step = agreed_step(held[1] if held else 0)
+    own = load_own(directory.block_folder(key), rank, step) if step else None
+    recorder = (
+        make_recorder(cell, clock_s=held[0]["wall_s"], diverged=dict(held[0]["diverged"]))
+        if held
+        else make_recorder(cell)
+    )
+    parts = build_parts(cell, block.plan.route, [cell], block.update)
+    parts.link = None
+    if rank:
+        parts.every, parts.evaluate_every, parts.on_schedule, parts.observables = 2**40, 0, [], []
+    hook = hook_of(cell, run.replicate)
+    bucket_mb = 1e6 if cell.compressor.name == "torch_powersgd" else cell.bucket_mb
+    environment = measure_environment()
+    if writer is not None:
+        directory.event("environment", "measured between the processes", block=key, **vars(environment))
+    state = State.from_state_dict(own["state"]) if own else None
+    engine = Distributed(
+        block.plan, parts, state, step, recorder, hook=hook, bucket_mb=bucket_mb, environment=environment
+    )
+    if own:
+        hook.load_state_dict(own["hook"])
+    usage = Usage()
+    _loop(engine, writer, cell, directory.block_folder(key), usage)
+    hook.close()
+    if writer is not None and engine.step >= run.stop:
+        _flush(writer, recorder, {run.id: cell.optimizer.name}, usage)
+        writer.finish([_status(run.id, run.stop, recorder)])
+
+
+def _loop(engine: Distributed, writer: BlockWriter | None, cell: Any, folder: Path, usage: Usage) -> None:
+    """Update after update; every ``ASK_EVERY`` of them process 0 says what to do next."""
+    from .block import _flush
+    from .distributed import STEP, STOP
+    from .run_state import decide, drop_older, save_own
+
+    saved, told = time.monotonic(), 0.0
+    names = {run.id: cell.optimizer.name for run in engine.plan.runs}
+    for progress in engine.run():
+        if writer is not None and time.monotonic() - told > 0.2:
+            (folder / STEP).write_text(str(progress.step))
+            told = time.monotonic()
+        if progress.step % ASK_EVERY or progress.step >= engine.plan.stop:
+            continue
+        word = GO
+        if writer is not None:
+            word = LEAVE if (folder / STOP).exists() else SAVE if time.monotonic() - saved > cell.checkpoint_s else GO
+        word = decide(word)
+        if word == GO:
+            continue
+        save_own(folder, engine.rank, progress.step, engine.state_dict())
+        decide(word)  # all have written
+        if writer is not None:
+            _flush(writer, engine.recorder, names, usage)
+            recorder = engine.recorder
+            writer.checkpoint({"wall_s": recorder.now(), "diverged": dict(recorder.diverged)}, progress.step)
+        saved = time.monotonic()
+        decide(word)  # the checkpoint counts
+        drop_older(folder, engine.rank, progress.step)
+        if word == LEAVE:
+            return
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

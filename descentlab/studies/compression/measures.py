@@ -1,0 +1,137 @@
+"""What the compression report measures: one row per run, and means with intervals per method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ...analysis.failures import Scores
+from ...analysis.paired import estimate
+from ...analysis.results import ResultsLike, last_attempts
+from ...report import SummaryItem
+from ..common import bounded, item
+
+MEASURES = ("accuracy", "time_s", "bytes_sent", "iterations_per_s", "link_share")
+PARTS = {  # column -> what the bar says
+    "compute_s": "gradient and update",
+    "compress_s": "compress",
+    "collective_s": "send and wait",
+    "decompress_s": "decompress",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run came to: accuracy (0..1), seconds, bytes and messages; ``parts``: seconds of an update."""
+
+    id: str
+    method: str
+    replicate: int
+    steps: int
+    accuracy: float
+    time_s: float
+    bytes_sent: float
+    messages: float
+    parts: Mapping[str, float]
+
+
+def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) -> list[Run]:
+    """One entry per run that ended, in the order of the methods. ``methods``: run -> method."""
+    frame = last_attempts(results.frame)
+    by_run = {str(key[0]): part for key, part in frame.partition_by("run", as_dict=True).items()}
+    replicates = {str(run["id"]): int(run["replicate"]) for run in results.runs}
+    compute_s = float(results.spec.get("compute_ms", 0.0)) / 1e3
+    found = []
+    for run, method in methods.items():
+        score = scores.by_run[run]
+        if score.state == "pending" or run not in by_run:
+            continue
+        rows = by_run[run]
+        last = rows.row(-1, named=True)
+        found.append(
+            Run(
+                run,
+                method,
+                replicates[run],
+                rows.height,
+                score.test_accuracy,
+                float(last["virtual_s"]),
+                float(last["bytes_sent"]),
+                float(last.get("messages") or 0.0),
+                _parts(rows, compute_s),
+            )
+        )
+    order = list(dict.fromkeys(methods.values()))
+    return sorted(found, key=lambda run: (order.index(run.method), run.replicate))
+
+
+def _parts(rows: pl.DataFrame, compute_s: float) -> dict[str, float]:
+    """Seconds of an update by part: measured by real processes (means over updates), else those of the clock."""
+    if "collective_s" in rows.columns and rows["collective_s"].null_count() < rows.height:
+        later = rows.slice(min(5, rows.height - 1))  # the first updates allocate
+        return {name: float(later[name].mean()) for name in PARTS}  # type: ignore[arg-type]
+    sending = float(rows["link_s"][-1]) / rows.height if "link_s" in rows.columns else 0.0
+    return {"compute_s": compute_s, "compress_s": 0.0, "collective_s": sending, "decompress_s": 0.0}
+
+
+def summarise(runs: list[Run]) -> dict[str, dict[str, SummaryItem]]:
+    """Method -> measure -> mean over replicates with its interval."""
+    found: dict[str, dict[str, SummaryItem]] = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        own = [run for run in runs if run.method == method]
+        values: dict[str, list[float]] = {
+            "accuracy": [run.accuracy for run in own],
+            "time_s": [run.time_s for run in own],
+            "bytes_sent": [run.bytes_sent for run in own],
+            "iterations_per_s": [run.steps / run.time_s if run.time_s else np.nan for run in own],
+            "link_share": [_share(run) for run in own],
+        }
+        found[method] = {
+            name: item(estimate(column)) for name, column in values.items() if np.isfinite(np.array(column)).all()
+        }
+        found[method]["accuracy"] = bounded(found[method]["accuracy"])
+    return found
+
+
+def _share(run: Run) -> float:
+    total = sum(run.parts.values())
+    return run.parts["collective_s"] / total if total else 0.0
+
+
+def by_epoch(results: ResultsLike, methods: Mapping[str, str], column: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Method -> (epochs, mean of ``column`` over the epoch's updates and the replicates); methods without it are
+    left out."""
+    frame = last_attempts(results.frame)
+    if column not in frame.columns:
+        return {}
+    named = frame.with_columns(method=pl.col("run").replace_strict(methods, default=None)).drop_nulls("method")
+    found = {}
+    for method in dict.fromkeys(methods.values()):
+        part = named.filter(pl.col("method") == method, pl.col(column).is_finite())
+        if part.is_empty():
+            continue
+        rows = part.group_by("epoch").agg(pl.col(column).mean()).sort("epoch")
+        found[method] = (rows["epoch"].to_numpy(), rows[column].to_numpy())
+    return found
+
+
+def curves(results: ResultsLike, methods: Mapping[str, str], x: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Method -> (mean of ``x``, mean test accuracy) over replicates, at every evaluation."""
+    frame = last_attempts(results.frame).drop_nulls("test_accuracy")
+    named = frame.with_columns(method=pl.col("run").replace_strict(methods, default=None)).drop_nulls("method")
+    found = {}
+    for method in dict.fromkeys(methods.values()):
+        rows = named.filter(pl.col("method") == method).group_by("step").agg(pl.col(x).mean(), pl.mean("test_accuracy"))
+        rows = rows.sort("step")
+        found[method] = (rows[x].to_numpy().astype(float), rows["test_accuracy"].to_numpy())
+    return found
+
+
+def spec_link(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The link all cells share; empty where they differ in it."""
+    link = spec.get("link")
+    return dict(link) if isinstance(link, Mapping) else {}

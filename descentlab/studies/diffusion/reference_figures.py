@@ -1,0 +1,154 @@
+"""Figures of theta* and of curvature along runs: arrays in, matplotlib figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from ...report.figures import COLOURS, DOUBLE, GREY, SINGLE, looks, new_figure, panel_title, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Arrays = Mapping[str, np.ndarray]
+SMALL = 1e-5  # eigenvalues below it are not drawn in the tube
+
+
+def stitched(sgd: pl.DataFrame, gd: pl.DataFrame, clouds: Mapping[str, pl.DataFrame]) -> Figure:
+    """The loss through all stages: SGD, gradient descent, and the clouds (mean over runs with its interval)."""
+    look = looks(list(clouds))
+    with styled():
+        figure = new_figure(DOUBLE, 2.4)
+        axes = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1.3))
+        for ax, rows, name in zip(axes[:2], (sgd, gd), ("SGD", "gradient descent"), strict=True):
+            if rows.height:
+                step, loss = _binned(rows["step"].to_numpy(), rows["train_loss"].to_numpy())
+                ax.plot(step, loss, color=COLOURS[0], linewidth=1.1, label="training loss")
+                tested = rows.filter(pl.col("test_loss").is_not_null()) if "test_loss" in rows.columns else rows.head(0)
+                ax.plot(tested["step"], tested["test_loss"], color=COLOURS[1], linestyle="--", label="test loss")
+            panel_title(ax, 0 if name == "SGD" else 1, name)
+            ax.set_xlabel("step")
+        axes[0].set_yscale("log")
+        axes[0].set_ylabel("loss (nats)")
+        axes[0].legend()
+        for name, rows in clouds.items():
+            step, mean = rows["step"].to_numpy(), rows["mean"].to_numpy()
+            error = 1.96 * np.sqrt(rows["variance"].to_numpy() / rows["n"].to_numpy())
+            mark = look[name]
+            axes[2].plot(step, mean, color=mark.colour, linestyle=mark.line, linewidth=1, label=name)
+            axes[2].fill_between(step, mean - error, mean + error, color=mark.colour, alpha=0.2, linewidth=0)
+        panel_title(axes[2], 2, "clouds: mean batch loss")
+        axes[2].set_xlabel("step")
+        if clouds:
+            axes[2].legend(fontsize=6)
+    return figure
+
+
+def _binned(step: np.ndarray, values: np.ndarray, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Means over bins of equal width where there are more than ``most`` points."""
+    if len(step) <= most:
+        return step, values
+    cuts = np.linspace(0, len(step), most + 1).astype(int)[1:-1]
+    return (
+        np.array([part.mean() for part in np.split(step, cuts)]),
+        np.array([part.mean() for part in np.split(values, cuts)]),
+    )
+
+
+def gradient_norms(gd: pl.DataFrame, polish: Sequence[float]) -> Figure:
+    """The gradient's norm during descent and polish, both axes logarithmic."""
+    with styled():
+        figure = new_figure(SINGLE, 2.5)
+        ax = figure.subplots()
+        step = gd["step"].to_numpy() + 1
+        ax.plot(step, gd["grad_norm"].to_numpy(), color=COLOURS[0], label="gradient descent")
+        if len(polish):
+            at = step[-1] + np.arange(len(polish))
+            ax.plot(at, polish, color=COLOURS[1], marker=".", markersize=3, label="polish")
+            ax.legend()
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("step")
+        ax.set_ylabel("norm of the full gradient")
+    return figure
+
+
+def tubes(along: Mapping[str, Arrays]) -> Figure:
+    """Sorted eigenvalues of the Hessians along runs: mean over steps and two standard deviations."""
+    look = looks(list(along))
+    with styled():
+        figure = new_figure(DOUBLE, 2.6)
+        left, right = figure.subplots(1, 2)
+        for name, found in along.items():
+            values, mark = found["eigenvalues"][:, ::-1], look[name]
+            mean, spread = values.mean(0), values.std(0)
+            kept = np.abs(mean) > SMALL
+            place = np.arange(1, len(mean) + 1)
+            left.plot(place[kept], mean[kept], color=mark.colour, linestyle=mark.line, linewidth=1, label=name)
+            low, high = mean - 2 * spread, mean + 2 * spread
+            left.fill_between(place, low, high, where=kept, color=mark.colour, alpha=0.15, linewidth=0)
+            right.plot(found["steps"], values[:, 0], color=mark.colour, linestyle=mark.line, linewidth=1)
+        left.set_yscale("symlog", linthresh=1e-3)
+        left.axhline(0, color=GREY, linewidth=0.6)
+        left.set_xlabel("place")
+        left.set_ylabel("eigenvalue of a batch's Hessian")
+        right.set_xlabel("step")
+        right.set_ylabel("largest eigenvalue")
+        panel_title(left, 0, "mean and two deviations over steps")
+        panel_title(right, 1, "sharpest direction of each batch")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def alignment(values: np.ndarray, noise: np.ndarray, cosine: float, scale: float) -> Figure:
+    """Noise of single-sample gradients along every eigenvector against its eigenvalue."""
+    with styled():
+        figure = new_figure(SINGLE, 2.6)
+        ax = figure.subplots()
+        size = np.abs(values)
+        live = (size > 1e-9) & (noise > 1e-14)
+        for sign, colour, name in ((values > 0, COLOURS[0], "positive"), (values < 0, COLOURS[1], "negative")):
+            part = live & sign
+            ax.plot(size[part], noise[part], ".", color=colour, markersize=3, alpha=0.7, label=f"{name} curvature")
+        ends = np.array([size[live].min(), size.max()])
+        ax.plot(ends, ends * scale, color=GREY, linestyle="--", linewidth=0.9, label=f"{scale:.2f} x curvature")
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("size of the eigenvalue of H")
+        ax.set_ylabel("variance of single gradients")
+        ax.set_title(f"cosine of noise and Hessian {cosine:.3f}")
+        ax.legend(fontsize=6)
+    return figure
+
+
+def across_rates(rates: np.ndarray, traces: np.ndarray, predicted: np.ndarray, along: Mapping[str, Arrays]) -> Figure:
+    """What changes with the learning rate: the cloud's size, and the mean Hessian of the batches along a run."""
+    look = looks(list(along))
+    with styled():
+        figure = new_figure(DOUBLE, 2.5)
+        first, second, third = figure.subplots(1, 3)
+        first.plot(rates, predicted, "-", color=GREY, label="predicted")
+        first.plot(rates, traces, "o", color=COLOURS[0], markersize=4, label="measured")
+        first.set_xscale("log")
+        first.set_yscale("log")
+        first.set_xlabel("learning rate")
+        first.set_ylabel("trace of the cloud's covariance")
+        first.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        first.minorticks_off()
+        first.legend()
+        for name, found in along.items():
+            mean, mark = found["mean_eigenvalues"][::-1], look[name]
+            second.plot(np.arange(1, 1 + len(mean)), mean, color=mark.colour, linestyle=mark.line, label=name)
+            third.plot(found["steps"], found["eigenvalues"].sum(1), color=mark.colour, linestyle=mark.line)
+        second.set_yscale("symlog", linthresh=1e-3)
+        second.set_xlabel("place")
+        second.set_ylabel("eigenvalue of the mean Hessian")
+        third.set_xlabel("step")
+        third.set_ylabel("trace of a batch's Hessian")
+        for i, (ax, name) in enumerate(zip((first, second, third), ("cloud", "mean Hessian", "trace"), strict=True)):
+            panel_title(ax, i, name)
+        figure.legend(*second.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
