@@ -95,7 +95,11 @@ def virtual(quick: bool) -> tuple[dict[str, float], dict[str, Any]]:
         "virtual_vs_plain_steps": min(ratios.values()),
         "members_vs_one_by_one": median_ratio(seconds["one_by_one"], seconds["mlp_virtual"]),
     }
-    of = {name: spread([1e6 * s / steps[name.split("_")[0]] for s in v]) for name, v in seconds.items() if "_by_" not in name}
+    of = {
+        name: spread([1e6 * s / steps[name.split("_")[0]] for s in v])
+        for name, v in seconds.items()
+        if "_by_" not in name
+    }
     return found, {"virtual_vs_plain_steps_by_model": ratios, "us_per_update": of, "steps": steps}
 
 

@@ -11,11 +11,11 @@ types of one replicate hit at the same step, so the 18 faulted runs and their tw
   against a loop that shares prefixes and twins as descentlab does, so that only the speed of an update counts.
 - ``shared_prefix_vs_scratch``: the BatchNorm network with faults late in training (``settings``), 18 types from one
   prefix, over the same with every run trained from its first step and one twin. From scratch three of the types are
-  trained, and the time is scaled to all member-steps.
+  trained, and the time is scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
 - ``slope``: of the logarithm of processor seconds (planning, training, table; one process) against the logarithm of
   the number of runs, MLP-386, in blocks of 108 runs (three replicates).
 
-``--quick``: one optimizer, fewer replicates; once.
+``--quick``: one optimizer, fewer replicates, the slope over three numbers of runs; once.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ FAULTS = (
     "N64_INPUT,N64_WT,N64_INPUT_16,N64_WT_16,N64_INPUT_GLB,N64_WT_GLB"
 )
 REPLICATES = (6, 12, 24, 48)  # for the slope: 2 to 16 blocks
+FULL_LATE = ["cases=12", "fault.step=600", "recovery_steps=20"]  # two blocks with a shared prefix and without
+QUICK_LATE = ["cases=2", "fault.step=200", "recovery_steps=5", "processes=1"]
 SHORT = ["model=mlp", "optimizer=adam", f"fault={FAULTS}", "fault.step=10", "recovery_steps=20"]
 
 
 def studies(quick: bool) -> dict[str, list[str]]:
     """Name -> settings of every study that is timed."""
-    late = ["cases=2", "optimizer=adam", f"fault.step={200 if quick else 600}", f"recovery_steps={5 if quick else 20}"]
+    late = ["optimizer=adam", *(QUICK_LATE if quick else FULL_LATE)]
     types = f"fault={FAULTS}"
     return {
         "mlp": ["model=mlp", types, *(["optimizer=adam", "cases=12"] if quick else ["cases=20"])],
@@ -89,7 +91,7 @@ def main() -> None:
         }
         steps = {n: round(from_scratch(folder / n) / member_steps(folder / n), 2) for n in ("mlp", "shared")}
         cost(1, folder)  # imports, data
-        turns_of_cost = {str(n): lambda n=n: cost(n, folder) for n in REPLICATES}
+        turns_of_cost = {str(n): lambda n=n: cost(n, folder) for n in (REPLICATES[:3] if quick else REPLICATES)}
         costs = {int(n): values for n, values in alternate(turns_of_cost, repeats).items()}
     ratios["slope"] = slope(costs)
     emit(

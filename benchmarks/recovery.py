@@ -16,12 +16,14 @@ not). Ratios are time of the other over time of descentlab:
 - ``shared_prefix_vs_scratch``: ``training`` of six types of fault that hit at the same late step, with the fault-free
   prefix trained once for all and their twin, over the same with every run trained from its first step
   (``share_prefix=false``) and one twin. From scratch three of the types are trained, as many members side by side as
-  the six and their twin would be, and the time is scaled to all member-steps. Reports are not written.
+  the six and their twin would be, and the time is scaled to all member-steps. Reports are not written. Both make two
+  blocks of many cases, or with ``--quick`` one of two cases: as many processes are busy in both.
 - ``default_prefix_vs_scratch``: the same for the default study, whose only fork is that of a run and its twin. It
   follows from counting steps; nothing is timed.
 
 Times of the loop are measured on a sample of cases spread over all and scaled to all updates (``loop_updates``).
-``--quick``: once; the network and the shared prefix in smaller studies (``settings``), the network without its report.
+``--quick``: MLP-386 three times, the others once; the network and the shared prefix in smaller studies (``settings``);
+no reports, so no whole commands (null).
 """
 
 from __future__ import annotations
@@ -35,13 +37,15 @@ from alone import Baseline, command, from_scratch, member_steps, train
 from common import alternate, emit, median_ratio, spread
 
 FAULTS = "RD,N16_RD,RBFLIP,WT,INPUT,ZERO"
+FULL_LATE = ["cases=12", "fault.step=600", "recovery_steps=40"]
+QUICK_LATE = ["cases=4", "fault.step=150", "recovery_steps=10", "processes=1"]
 SCRATCH = "RD,N16_RD,RBFLIP"  # six runs and one twin would be 7 members per case; three types and their twins are 6
 
 
 def studies(quick: bool) -> dict[str, list[str]]:
     """Name -> settings of every study that is timed."""
     small = ["cases=2", "optimizer=adam,sgd"] if quick else []
-    late = ["cases=2", "optimizer=adam", f"fault.step={150 if quick else 600}", f"recovery_steps={10 if quick else 40}"]
+    late = ["optimizer=adam", *(QUICK_LATE if quick else FULL_LATE)]
     found = {"mlp": ["model=mlp"], "cnn": small}
     found |= {"shared": [*late, f"fault={FAULTS}"], "scratch": [*late, f"fault={SCRATCH}", "share_prefix=false"]}
     return found if quick else {**found, "mlp_many": ["model=mlp", "cases=400"]}
@@ -59,13 +63,13 @@ def main() -> None:
         folder = Path(name)
 
         def told(study: str) -> float:
-            if study in ("shared", "scratch") or (quick and study == "cnn"):
+            if study in ("shared", "scratch") or quick:
                 return train(settings[study], folder / study)
             ours.setdefault(study, []).append(command(settings[study], folder / study))
             return ours[study][-1]["training"]
 
         def looped(study: str) -> float:
-            sample = {"mlp": 8, "cnn": 2}[study] if quick else 40
+            sample = {"mlp": 6, "cnn": 1}[study] if quick else 40
             loops.setdefault(study, []).append(Baseline.of(folder / study, sample, folder))
             return loops[study][-1].training
 
@@ -77,14 +81,17 @@ def main() -> None:
                 turns[f"{study}_loop"] = lambda study=study: looped(study)
         ours.clear()
         measured = alternate(turns, 1 if quick else 5)
+        if quick:
+            again = alternate({name: turns[name] for name in ("mlp", "mlp_loop")}, 2)
+            measured |= {name: measured[name] + values for name, values in again.items()}
         ratios: dict[str, float | None] = {}
         for study in loops:
             ratios[f"vs_loop_{study}"] = median_ratio(measured[f"{study}_loop"], measured[study])
             commands = [o["command"] for o in ours.get(study, [])]
             whole = median_ratio([b.command for b in loops[study]], commands) if commands else None
             ratios[f"vs_loop_{study}_command"] = whole
-        alone = [b.processes for b in loops["mlp"]]
-        ratios["vs_process_per_run_mlp"] = median_ratio(alone, [o["command"] for o in ours["mlp"]])
+        alone, whole = [b.processes for b in loops["mlp"]], [o["command"] for o in ours.get("mlp", [])]
+        ratios["vs_process_per_run_mlp"] = median_ratio(alone, whole) if whole else None
         scale = from_scratch(folder / "shared") / member_steps(folder / "scratch")
         scratch = [scale * seconds for seconds in measured["scratch"]]
         ratios["shared_prefix_vs_scratch"] = median_ratio(scratch, measured["shared"])

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from descentlab.core.protocols import Tick
 from descentlab.engine.replica import Worker
 from descentlab.engine.wire import GRADIENT, HEADER_BYTES, Header, opened, seal
 
@@ -40,7 +40,9 @@ class Saboteur:
             self._note("pids", os.getpid())
             if self._due("late", 0):
                 time.sleep(1.0)
-            return self.inner.answer(None, reply)
+            size = self.inner.answer(None, reply)
+            self._note("threads", torch.get_num_threads())
+            return size
         task = opened(message)
         if task.applied >= 0:
             self._note("acknowledged", task.applied)
@@ -77,10 +79,3 @@ class Saboteur:
 def noted(folder: Path, name: str) -> list[int]:
     """What the workers have noted so far; nothing where they had nothing to note."""
     return [int(line) for line in (folder / name).read_text().split()] if (folder / name).is_file() else []
-
-
-def consistent(log: list[Tick], workers: int) -> bool:
-    """No update lost or made twice: times grow, nobody reads the future."""
-    return all(0 <= v <= t for t, tick in enumerate(log) for v in tick.versions) and all(
-        0 <= w < workers for tick in log for w in tick.workers
-    )

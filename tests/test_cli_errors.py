@@ -28,6 +28,7 @@ MISTAKES = [
     (["run", "recovry"], ["study = 'recovry'", "did you mean 'recovery'?"]),
     (["run", "crossed", "fault.step=100000"], ["fault.step = 100000", "expected a step below steps = 200"]),
     (["run", "recovery", "-n", "optimizer"], ["argument = 'optimizer'", "expected key.path=value"]),
+    (["run", "training", "replicates=1000000"], ["runs = 1000000", "expected at most 10000 without -y"]),
     (["show", "missing.yaml"], ["file = 'missing.yaml'", "expected a readable file"]),
     (["status", "nowhere"], ["DIR = 'nowhere'", "expected an existing directory"]),
     (["table", "nowhere"], ["DIR = 'nowhere'", "expected an existing directory"]),

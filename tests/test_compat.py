@@ -153,7 +153,7 @@ def test_help_and_unknown_programs() -> None:
         code, said = invoke(*arguments)
         assert code == 0 and "--steps-after-injection" in said and "--baseline" in said
     code, said = invoke("v33")
-    assert code == 2 and "compat = 'v33': expected one of v3. did you mean 'v3'?" in said
+    assert code == 2 and "compat = 'v33': expected one of v3, nn_train, sync, async. did you mean 'v3'?" in said
 
 
 def test_a_dry_run_prints_the_command_and_touches_nothing(tmp_path: Path) -> None:

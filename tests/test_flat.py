@@ -24,10 +24,8 @@ def test_a_base_is_found_where_there_is_one_and_holds_every_tensor_in_order() ->
     base = base_of(laid)
     assert base_of(loose) is None and base is not None and base.shape == (3, 6 + 4 + 4 + 1)
     assert all(torch.equal(laid[name], loose[name]) for name in SHAPES)
-    assert (
-        torch.equal(base, torch.cat([t.reshape(3, -1) for t in loose.values()], dim=1))
+    assert torch.equal(base, torch.cat([t.reshape(3, -1) for t in loose.values()], dim=1))
     assert side_by_side(laid) is laid
-    )
     laid["b"].mul_(2)
     assert torch.equal(base[:, 6:10], 2 * loose["b"]) and joined(laid).data_ptr() == base.data_ptr()
     assert base_of({name: laid[name] for name in ("b", "a", "c", "d")}) is None

@@ -247,6 +247,7 @@ FROZEN = (0.000106157, 0.000151704, 0.000522603)
     [
         (3, "grid = 3: expected a block of key path: [values], or a list of such blocks"),
         ([3], "grid[0] = 3: expected a block"),
+        ([], "grid = []: expected at least one sub-grid: an empty list has no runs"),
         ({"seed": 1}, "grid.seed = 1: expected a list of at least one value"),
         ([{"seed": []}], "grid[0].seed = []: expected a list of at least one value"),
         ({"seed": {"logspce": [1, 2, 3]}}, "did you mean 'logspace'?"),

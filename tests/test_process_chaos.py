@@ -35,7 +35,8 @@ WAIT_S = 120.0  # for a server in a process of its own to come so far; only a ha
 
 
 def judge(server: ParameterServer, folder: Path, workers: int, steps: int) -> None:
-    """All updates made once, acknowledged ones among them, weights as the log says, no process left."""
+    """All updates made once, acknowledged ones among them, weights as the log says, one thread per process, nobody left.
+    """
     entries = Journal(folder / "log").entries
     assert [entry.update for entry in entries] == list(range(steps)) and len(server.log) == steps
     applied = [number for entry in entries for number in entry.numbers]
@@ -44,6 +45,7 @@ def judge(server: ParameterServer, folder: Path, workers: int, steps: int) -> No
     for worker in range(workers):
         own = [b for e in entries for w, b in zip(e.workers, e.batches, strict=True) if w == worker]
         assert own == list(range(len(own)))
+    assert set(noted(folder, "threads")) == {1}
     replayed(server.plan, cell_of(workers), server)
     wait_until_gone(noted(folder, "pids"))
 

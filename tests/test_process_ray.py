@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,14 @@ from descentlab.core.errors import UserError
 from descentlab.engine.crew import Limits
 from descentlab.engine.process import ParameterServer
 from descentlab.engine.ray_actors import RayActors, check_installed
+
+
+@dataclass(eq=False)
+class Reference:
+    """To an answer that is computed when it is asked for."""
+
+    actor: Any
+    message: bytes | None
 
 
 class FakeRay:
@@ -47,7 +56,7 @@ class FakeRay:
 
     def _actor(self, made: Any) -> Any:
         actor = SimpleNamespace(made=made)
-        actor.answer = SimpleNamespace(remote=lambda message: (actor, object(), message))
+        actor.answer = SimpleNamespace(remote=lambda message: Reference(actor, message))
         return actor
 
     def wait(self, references: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
@@ -55,8 +64,8 @@ class FakeRay:
         chosen = self.draw.choice(references)
         return [chosen], [r for r in references if r is not chosen]
 
-    def get(self, reference: Any) -> bytes:
-        actor, _, message = reference
+    def get(self, reference: Reference) -> bytes:
+        actor, message = reference.actor, reference.message
         self.calls += 1
         if self.calls == self.dies_at:
             raise RuntimeError("The actor died unexpectedly\nand a lot of advice")

@@ -28,8 +28,8 @@ def batch(arguments: Sequence[str], out: Path, start: str, *, yes: bool, dry_run
 
     names = _names([a for a in arguments if "=" not in a or a.endswith((".yaml", ".yml"))])
     settings = [a for a in arguments if "=" in a and not a.endswith((".yaml", ".yml"))]
-    limit = None if yes else LIMIT
-    studies = [resolve(name, _own(settings, i), limit=limit) for i, name in enumerate(names)]
+    most = None if yes else LIMIT
+    studies = [resolve(name, _own(settings, i), limit=most, most_runs=most) for i, name in enumerate(names)]
     targets = [out / default_name(name, study.study.name) for name, study in zip(names, studies, strict=True)]
     for target in targets:
         if targets.count(target) > 1:

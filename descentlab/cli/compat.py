@@ -53,7 +53,7 @@ class Native:
         return shlex.join(words)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes as the one error that the command line shows."""
 
     def error(self, message: str) -> NoReturn:
@@ -66,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The published flags, those of the program before it, and more."""
-    made = _Parser(
+    made = Parser(
         prog="descentlab compat v3",
         allow_abbrev=False,
         description="Accepts the published program's command line, prints the native one, runs it and exports.",
@@ -176,11 +176,16 @@ def _notes(given: Any) -> list[str]:
 
 def compat(program: str, arguments: Sequence[str]) -> int:
     """Run ``program``'s command line; the exit code of ``run``, 0 or 1 after the export too."""
+    from . import compat_workers
+
+    if program in compat_workers.PROGRAMS:
+        return compat_workers.run(program, arguments)
     if program in ("-h", "--help") or set(arguments) & {"-h", "--help"}:
         typer.echo(parser().format_help())
         return 0
     if program not in PROGRAMS:
-        raise UserError("compat", program, f"one of {', '.join(PROGRAMS)}", hint=nearest(program, PROGRAMS))
+        known = (*PROGRAMS, *compat_workers.PROGRAMS)
+        raise UserError("compat", program, f"one of {', '.join(known)}", hint=nearest(program, known))
     wanted = native(arguments)
     typer.echo(wanted.command)
     for note in wanted.notes:

@@ -1,4 +1,4 @@
-"""``import-spec``: a file of the starter in, a study out, checked before it is written."""
+"""``import-spec``: a settings file of another program in, a study out, checked before it is written."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
+from ..config import adaptive_rank, starter
 from ..config.resolve import resolve_settings
-from ..config.starter import study_of
 from ..config.yaml12 import dump, load_file
 from ..core.errors import StudyError, UserError
 
@@ -18,7 +18,9 @@ def write(file: Path, out: Path | None) -> None:
     Raises:
         UserError: for mistakes in the file, one line each, and for an ``out`` that exists.
     """
-    settings, notes = study_of(load_file(file))
+    document = load_file(file)
+    known = adaptive_rank if adaptive_rank.is_adaptive_rank(document) else starter
+    settings, notes = known.study_of(document)
     resolved = resolve_settings(settings)
     text = f"# from {file.name}\n{dump(settings)}"
     if out is None:

@@ -110,7 +110,8 @@ def run(
     from . import show
 
     own, profile = _profile(settings or [], launcher)
-    resolved = resolve(study, own, limit=None if yes else LIMIT)
+    most = None if yes else LIMIT
+    resolved = resolve(study, own, limit=most, most_runs=most)
     target = out or Path("out") / default_name(study, resolved.study.name)
     show.settings(resolved)
     show.notes(resolved)
@@ -365,7 +366,7 @@ def compat(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="v3: the published recovery program")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGUMENTS", help="its own command line")] = None,
 ) -> None:
-    """Run a published program's command line; compat v3 --help lists its flags."""
+    """Run a published program's command line: v3, nn_train, sync or async; compat v3 --help lists the flags."""
     from .compat import compat as translate
 
     raise typer.Exit(translate(program, arguments or []))

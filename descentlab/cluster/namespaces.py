@@ -55,7 +55,7 @@ class Shape:
         return f"{self.burst_kb or (4 if rate <= 100 else 256)}k"
 
 
-def check_possible(needs_netem: bool = False) -> None:
+def check_possible() -> None:
     """UserError that names the simulated link where this process cannot make namespaces."""
     missing = [program for program in ("ip", "tc") if shutil.which(program) is None]
     if missing:

@@ -15,6 +15,8 @@ from ..core.tree import Tree
 class Dense:
     """g = mean over workers of g_w (the :class:`~descentlab.core.protocols.Compressor` protocol), in one message."""
 
+    whole = True  # one worker's gradient comes out as it went in
+
     def start(self, params: Tree, workers: int, streams: Streams, replicates: np.ndarray) -> tuple[Tree, Tree]:
         return {}, {}
 

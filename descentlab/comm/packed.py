@@ -18,6 +18,7 @@ def unpack(message: Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[Te
     out, start = [], 0
     for n, dtype in parts:
         size = n * dtype.itemsize
-        out.append(message[..., start : start + size].contiguous().view(dtype))
+        part = message[..., start : start + size].clone(memory_format=torch.contiguous_format)
+        out.append(part.view(dtype))
         start += size
     return out

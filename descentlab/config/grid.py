@@ -78,7 +78,9 @@ def alternatives(grid: Any, where: str = "grid", *, inside: bool = False) -> lis
         UserError: for what is no grid, naming the place in it.
     """
     if isinstance(grid, (list, tuple)):
-        return [axes for i, sub in enumerate(grid) for axes in alternatives(sub, f"{where}[{i}]", inside=True)] or [[]]
+        if not grid:
+            raise UserError(where, grid, "at least one sub-grid: an empty list has no runs")
+        return [axes for i, sub in enumerate(grid) for axes in alternatives(sub, f"{where}[{i}]", inside=True)]
     if not isinstance(grid, Mapping):
         raise UserError(where, grid, "a block of key path: [values], or a list of such blocks")
     choices = [_choices(str(key), value, f"{where}.{key}", inside) for key, value in grid.items()]

@@ -88,18 +88,20 @@ class Resolved:
         return preset | common | {key: (values, True) for key, values in axes.items()}
 
 
-def resolve(study: str | Path, overrides: Sequence[str] = (), *, limit: int | None = LIMIT) -> Resolved:
+def resolve(
+    study: str | Path, overrides: Sequence[str] = (), *, limit: int | None = LIMIT, most_runs: int | None = None
+) -> Resolved:
     """Decide every setting of a study.
 
     ``study`` is a shipped name, ``module:Name`` or a YAML file with a ``study:`` key; ``overrides`` are ``key=value``
-    arguments; ``limit`` is the largest number of cells (None: any).
+    arguments; ``limit`` is the largest number of cells, ``most_runs`` of runs (None: any).
 
     Raises:
         UserError: for one mistake; UserErrors, one line each, for several.
     """
     reference, layer = _open(study)
     definition: StudyDef = _studies().find(reference)
-    return _resolve(reference, definition, layer, parse_overrides(overrides), limit)
+    return _resolve(reference, definition, layer, parse_overrides(overrides), limit, most_runs)
 
 
 def resolve_settings(settings: Mapping[str, Any], *, limit: int | None = LIMIT) -> Resolved:
@@ -136,7 +138,12 @@ def _rising(cell: StudySpec) -> str:
 
 
 def _resolve(
-    reference: str, definition: StudyDef, layer: dict[str, Any], given: Sequence[Override], limit: int | None
+    reference: str,
+    definition: StudyDef,
+    layer: dict[str, Any],
+    given: Sequence[Override],
+    limit: int | None,
+    most_runs: int | None = None,
 ) -> Resolved:
     drafts, preset, size = _lay(definition, layer, given, limit)
     points = [product(draft.axes, limit, draft.groups) for draft in drafts]
@@ -153,9 +160,12 @@ def _resolve(
     key_of = functools.cache(lambda index, role: cell_key(distinct[index], role))
     if len(distinct) < len(cells):
         notes.append(f"{len(cells) - len(distinct)} of {len(cells)} cells repeat another and are run once")
+    planned = definition.plan(distinct)
+    if most_runs is not None and len(planned) > most_runs:  # before a million of them get their ids
+        raise UserError("runs", len(planned), f"at most {most_runs} without -y")
     runs = [
         Run(run_id(key_of(index, role), replicate, role, labels), index, replicate, role, labels)
-        for index, replicate, role, labels in definition.plan(distinct)
+        for index, replicate, role, labels in planned
     ]
     assert len({run.id for run in runs}) == len(runs), f"the plan of study {definition.name} repeats a run"
     base, grid, axes = _grid_of(drafts)
@@ -229,8 +239,9 @@ def _lay(
 
 def _layer(layer: Mapping[str, Any], errors: list[UserError]) -> _Layer:
     ops = ops_of({key: value for key, value in layer.items() if key not in (*_META, "options")})
+    grid = layer.get("grid")
     try:
-        return _Layer(ops, [axis_ops(axes) for axes in alternatives(layer.get("grid") or {})])
+        return _Layer(ops, [axis_ops(axes) for axes in alternatives({} if grid is None else grid)])
     except UserError as error:
         errors.append(error)
         return _Layer(ops, [[]])

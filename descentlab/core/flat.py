@@ -24,23 +24,20 @@ def base_of(tree: Mapping[str, Tensor]) -> Tensor | None:
     if not tensors:
         return None
     first = tensors[0]
-    size, kind, start = first.element_size(), first.dtype, first.data_ptr()
-    at, width = start, first.stride(0) if first.dim() else 0
+    members, kind, at = len(first), first.dtype, first.data_ptr()
+    width = sum(math.prod(t.shape[1:]) for t in tensors)
+    if members == 1 and len({t.untyped_storage().data_ptr() for t in tensors}) > 1:
+        return None  # neighbours by chance
     for t in tensors:
-        if t.data_ptr() != at or t.dtype != kind:
+        if t.data_ptr() != at or t.dtype != kind or (members > 1 and t.stride(0) != width):
             return None
         row = 1
-        strides = t.stride()
-        for n, stride in zip(reversed(t.shape[1:]), reversed(strides[1:]), strict=True):
+        for n, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
             if stride != row and n > 1:
                 return None
             row *= n
-        if strides[0] != width:
-            return None
-        at += row * size
-    if at - start != width * size:
-        return None
-    return first.detach().as_strided((first.shape[0], width), (width, 1))
+        at += row * t.element_size()
+    return first.detach().as_strided((members, width), (width, 1))
 
 
 def split(base: Tensor, like: Mapping[str, Tensor]) -> Tree:

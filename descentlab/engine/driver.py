@@ -98,6 +98,7 @@ class Engine(ABC):
         self._slots = slots
         self.replicates = np.array([slot.replicate for slot in slots], dtype=np.int64)
         self._base_rates = [(slot.variant, slot.lr) for slot in slots]
+        self._distinct_rates = set(self._base_rates)
         if len(self.parts.schedules) > 1:
             self.parts.optimizer.assign([slot.variant for slot in slots])
         self.measuring.bind(slots)
@@ -197,8 +198,7 @@ class Engine(ABC):
         if self.parts.average is not None:
             self.parts.average.update(state)
         self.after_update()
-        loss = torch.stack([g.loss for g in contributions]).mean(0)
-        accuracy = torch.stack([g.accuracy for g in contributions]).mean(0)
+        loss, accuracy = _mean([g.loss for g in contributions]), _mean([g.accuracy for g in contributions])
         self._advance(now)
         if guard is not None:
             guard.check(self)
@@ -215,21 +215,24 @@ class Engine(ABC):
         return Progress(self.step, len(members), self.recorder, state, members)
 
     def _rates(self) -> Tensor:
-        asked = list(zip(self._base_rates, self.state.clock["step"].tolist(), strict=True))
+        steps = self.state.clock["step"].tolist()
+        if steps.count(steps[0]) == len(steps):  # the usual case: all members are at the same step
+            same = {who: self.parts.schedules[who[0]](who[1], steps[0]) for who in self._distinct_rates}
+            return torch.tensor([same[who] for who in self._base_rates], dtype=torch.float64)
+        asked = list(zip(self._base_rates, steps, strict=True))
         rates = {who: self.parts.schedules[who[0][0]](who[0][1], who[1]) for who in set(asked)}
         return torch.tensor([rates[who] for who in asked], dtype=torch.float64)
 
     def _work(self, now: Round, k: int) -> Grads:
         """The k-th contribution of every member; members whose hit is due take the single-member route."""
         state, workers = self.state, now.workers[:, k]
-        rows = torch.arange(len(self.slots))
-        cursor = state.worker["cursor"][rows, torch.from_numpy(workers)].numpy()
+        cursor = state.worker["cursor"].numpy()[np.arange(len(workers)), workers]
         index = torch.from_numpy(self.parts.sampler.indices(self.replicates, workers, cursor))
         selection = Selection(self.parts.train, index.to(self.parts.train[0].device))
         batch = self.events.batch(state, self.step, selection, workers, cursor)
         buffers = state.buffers
         if "buffers" in state.worker:
-            at = torch.from_numpy(workers)
+            rows, at = torch.arange(len(self.slots)), torch.from_numpy(workers)
             buffers = tree_map(lambda b: b[rows, at], state.worker["buffers"])
         self.events.buffers(state, self.step, buffers, workers)
         view = State({**state.server, "params": self.view(now.versions[:, k]), "buffers": buffers}, clock=state.clock)
@@ -299,8 +302,7 @@ class Engine(ABC):
 
     def _advance(self, now: Round) -> None:
         clock, k = self.state.clock, now.workers.shape[1]
-        rows = torch.arange(len(self.slots)).unsqueeze(1)
-        self.state.worker["cursor"][rows, torch.from_numpy(now.workers)] += 1
+        self.state.worker["cursor"].numpy()[np.arange(len(now.workers))[:, None], now.workers] += 1
         clock["step"].add_(1)
         clock["samples"].add_(k * self.parts.sampler.batch_size)
         clock["virtual_s"].copy_(torch.from_numpy(now.time_s))
@@ -308,3 +310,8 @@ class Engine(ABC):
             clock["virtual_s"].add_(self.state.shared["link"]["seconds"])
         epoch_samples = self.parts.sampler.steps_per_epoch * self.parts.sampler.batch_size
         clock["epoch"].copy_((clock["samples"] - 1) // epoch_samples)
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    """Mean over the contributions; of one, itself."""
+    return torch.stack(values).mean(0) if len(values) > 1 else values[0]

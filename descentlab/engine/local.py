@@ -23,7 +23,7 @@ from ..core.errors import UserError
 from ..core.network import LOOPBACK
 from .transport import Answers, Arrival, Crewing
 
-SHARED_FROM = 2**18  # bytes of a message from which shared memory is the faster way
+SHARED_FROM = 2**16  # bytes of a message from which shared memory is the faster way
 STRANGER_S = 2.0  # so long may who connects take to say who it is
 _HELLO = struct.Struct("<qq32s")  # worker, which start of it, proof that it knows the key
 _TOKEN = struct.Struct("<q")  # size of a message that lies in shared memory

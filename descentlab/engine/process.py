@@ -196,13 +196,15 @@ class ParameterServer(Engine):
             if entry.batches != tuple(int(self.state.worker["cursor"][0, w]) for w in entry.workers):
                 raise self._lost_log()
             return self._round_of(entry)
-        self._hand_out(self.step)
+        if not self.crew.busy:  # the first update; later ones find their tasks given out
+            self._hand_out(self.step)
         while len(self._arrived) < self.quorum:
             found = self.crew.next()
-            if found is not None and self._can_be_used(found):
+            if found is None:  # a worker came or went: there may be a task to give, to it or to another
+                self._hand_out(self.step)
+            elif self._can_be_used(found):
                 self.crew.accept(found.worker)
                 self._arrived[found.worker] = found
-            self._hand_out(self.step)
         entry = self._enter()
         return self._round_of(entry)
 
@@ -234,6 +236,8 @@ class ParameterServer(Engine):
         worker, task, found = gradient
         if _finite([*found.tree["grads"].values(), found.tree["loss"]]):
             return True
+        if not _finite(list(self.view(np.array([task.version])).values())):
+            return True  # at weights like these nothing else can be
         now = Round(np.array([[worker]]), np.array([[task.version]]), np.zeros(1))
         again = super()._work(now, 0)
         if not _finite([*again.grads.values(), again.loss]):

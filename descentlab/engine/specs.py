@@ -30,7 +30,7 @@ class ProcessEngine(Option):
     start_timeout_s: PositiveFloat = extent(120.0, description="seconds in which a new worker must be ready")
     restarts: NonNegativeInt = extent(10, description="workers replaced before the run ends; 0: none is replaced")
     memory: Literal["auto", "shared", "socket"] = extent(
-        "auto", description="how weights and gradients travel; auto: shared memory from 256 KiB of weights on"
+        "auto", description="how weights and gradients travel; auto: shared memory from 64 KiB of weights on"
     )
     interface: str | None = extent(None, description="network interface the server listens on; null: this machine only")
     port: int = extent(0, ge=0, le=65535, description="port the server listens on; 0: any free one")

@@ -124,7 +124,8 @@ def _check_device(resolved: Resolved) -> None:
 
 
 def _processes(resolved: Resolved) -> int:
-    if any(getattr(getattr(cell, "engine", None), "name", "") == "process" for cell in resolved.cells):
+    engines = [getattr(cell, "engine", None) for cell in resolved.cells]
+    if any(getattr(engine, "name", engine) == "process" for engine in engines):
         return 1  # its workers are the processes; two servers side by side would share the cores
     asked = resolved.cells[0].processes
     return asked or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else asked or os.cpu_count() or 1

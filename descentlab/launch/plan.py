@@ -24,7 +24,7 @@ from .build import Site, plan_fault, survey
 from .conditions import check_classes, conditions
 from .memory import members_at_most
 from .packing import Ensemble, Update, choose_update, ensemble_text, group_text, led, merged, settings_text
-from .sending import check_ranks
+from .sending import check_sending, members_of
 
 SEMANTICS = 2  # raised when the same plan would compute something else
 
@@ -100,13 +100,13 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
         site = sites[model]
         for cell in cells.values():
             check_arm(cell, site.layout.buffers)
-            check_ranks(cell, site.layout.params)
+            check_sending(cell, site.layout.params)
         planned = _plan_group(cells, runs, site)
         campaign += _campaign_rows(planned, site, cells)
         text = ensemble_text(first, site.route)
         if text not in ensembles:
             share = bool(getattr(first, "share_prefix", True))
-            asked = 1 if program.engine(first) == "process" else first.members_per_block  # a server has one run
+            asked = 1 if program.engine(first) == "process" else members_of(first)  # a server has one run
             most, memory = members_at_most(site.route, asked, site.bytes_per_member, site.free_bytes)
             ensembles[text] = Ensemble(
                 site.route, program.engine(first), share, most, site.alone, memory, site.inferred

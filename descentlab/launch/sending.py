@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from ..cluster.namespaces import check_possible
 from ..core.errors import UserError
 from ..engine.parts import Parts
 from ..observe.sending import Sending
+
+ADAPTIVE = ("accordion", "calibration", "budget")  # policies that decide from what one run has seen
 
 
 def with_link(cell: Any, parts: Parts) -> Parts:
@@ -19,8 +23,18 @@ def with_link(cell: Any, parts: Parts) -> Parts:
     return parts
 
 
-def check_ranks(cell: Any, params: dict[str, tuple[int, ...]]) -> None:
-    """UserError for a rank above that of every matrix of the model. ``params``: shapes, by name."""
+def members_of(cell: Any) -> int:
+    """Models trained together at most, 0 = the stated rule; 1 where each has ranks, or processes, of its own."""
+    policy = getattr(getattr(cell, "compressor", None), "policy", None)
+    alone = policy is not None and policy.name in ADAPTIVE
+    return 1 if alone or getattr(cell, "distributed", False) else cell.members_per_block
+
+
+def check_sending(cell: Any, params: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError for a real link that this process may not make, and for a rank above that of every matrix of the model.
+    ``params``: shapes, by name."""
+    if getattr(getattr(cell, "link", None), "name", "") == "real":
+        check_possible()
     compressor = getattr(cell, "compressor", None)
     if compressor is None or compressor.name != "powersgd":
         return

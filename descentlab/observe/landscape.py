@@ -141,8 +141,8 @@ def _directions(
 ) -> tuple[Tensor, tuple[str, str]]:
     """(two rows ``[2, n]``, what the axes are called)."""
     if kind == "pca":
-        points = torch.cat([*paths, middle.unsqueeze(0)]) if paths else middle.unsqueeze(0)
-        if len(points) < 3:
+        points = torch.cat(list(paths)) if paths else middle.unsqueeze(0)
+        if len(points) < 2:
             raise UserError("directions", kind, "paths of at least two points, or another direction")
         apart = points - points.mean(0)
         if not bool((apart.abs().amax() > 0).item()):

@@ -48,13 +48,13 @@ def axis_names(surface: Any) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def levels(surface: Any, count: int = 14) -> np.ndarray:
-    """Heights of contour lines: evenly spaced in the logarithm of the distance from the lowest finite loss."""
+def levels(surface: Any) -> np.ndarray:
+    """Heights of contour lines: dense near the lowest finite loss, where paths end, and evenly spaced above."""
     finite = surface.loss[np.isfinite(surface.loss)]
     low, high = float(finite.min()), float(np.quantile(finite, 0.98))
     if high <= low:
         return np.array([low])
-    return low + (high - low) * np.geomspace(0.004, 1.0, count)
+    return low + (high - low) * np.concatenate([np.geomspace(0.004, 0.1, 6), np.linspace(0.2, 1.0, 9)])
 
 
 def picture(surface: Any, title: str) -> Any:
@@ -79,7 +79,7 @@ def picture(surface: Any, title: str) -> Any:
         axes.set_ylabel(names[1])
         axes.set_title(title)
         if surface.paths:
-            axes.legend(fontsize=7, loc="best", framealpha=0.8)
+            axes.legend(fontsize=7, loc="best", frameon=True, framealpha=0.8)
     return figure
 
 

@@ -158,9 +158,10 @@ def config_columns(
     The hit (``hit_step``, ``layer``, ``value``) is the one planned for the run, see :func:`planned_for`; a twin carries
     the hit it was spared. A setting whose name is ``taken`` by an observable becomes ``settings.<name>``.
     """
-    flat = [flatten(run.get("settings") or {}) for run in runs]
-    names = dict.fromkeys(name for settings in flat for name in settings)
-    varying = [n for n in names if n not in CONFIG and len({json.dumps(s.get(n)) for s in flat}) > 1]
+    flat = _flattened(runs)
+    once = list({id(settings): settings for settings in flat}.values())
+    names = dict.fromkeys(name for settings in once for name in settings)
+    varying = [n for n in names if n not in CONFIG and len({json.dumps(s.get(n)) for s in once}) > 1]
     planned = planned_for(runs, campaign)
     columns: dict[str, list[Any]] = {"run": [str(run["id"]) for run in runs]}
     for name in ("cell", "replicate", "role"):
@@ -178,6 +179,19 @@ def config_columns(
         columns.setdefault("value", _one_type([(hit.get("rule") or {}).get("value") for hit in hits]))
     types = {"run": pl.String, "cell": pl.Int64, "replicate": pl.Int64, "role": pl.String, "optimizer": pl.String}
     return _widen(pl.DataFrame(columns, schema_overrides=types, strict=False))
+
+
+def _flattened(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of every run, flat; runs of one cell that have the same share one dictionary."""
+    known: dict[Any, tuple[Any, dict[str, Any]]] = {}
+    found = []
+    for run in runs:
+        own = run.get("settings") or {}
+        of_cell = known.get(run.get("cell"))
+        if of_cell is None or of_cell[0] != own:
+            of_cell = known[run.get("cell")] = own, flatten(own)
+        found.append(of_cell[1])
+    return found
 
 
 def planned_for(

@@ -2,7 +2,8 @@
 
 :mod:`.diffusion` takes gradient, Hessian and noise at the point all runs start from. A cloud that has spread sees
 others: here they are averaged over a Gaussian with the predicted mean m and covariance V, again and again as it grows.
-With g, H, C averaged over theta ~ N(theta0 + m, V), C the covariance of single-sample gradients given theta, one step is
+With g, H, C averaged over theta ~ N(theta0 + m, V), C the covariance of single-sample gradients given theta, one step
+is
 
     m' = m - lr g        V' = (1 - lr H) V (1 - lr H) + lr^2 C / B.
 

@@ -76,20 +76,39 @@ def bridge_covariance(
     variance is lr^2 C / B k (n - k) / n N / (N - 1) after k batches: a bridge, zero at every end of an epoch.
     """
     values, vectors, inside = _in_eigenbasis(hessian, per_sample)
-    own = (population - batch_size) / ((population - 1) * batch_size)
-    between = -1.0 / (population - 1)
     a = 1.0 - lr * values
-    pairs = np.outer(a, a)
+    growth = _bridge(a[:, None], a[None, :], steps, batch_size, population)
+    return vectors @ (lr**2 * inside * growth) @ vectors.T
+
+
+def _bridge(a: np.ndarray, b: np.ndarray, steps: int, batch_size: int, population: int) -> np.ndarray:
+    """The sum over pairs of batches of a^(age of one) b^(age of the other) x their correlation; ``a``, ``b``
+    broadcast."""
+    own = (population - batch_size) / ((population - 1) * batch_size)
+    between, pairs = -1.0 / (population - 1), a * b
 
     def part(k: int) -> np.ndarray:
         """What ``k`` batches of one epoch add, at their end."""
-        single = _geometric(a, k)
-        return (own - between) * _geometric(pairs, k) + between * np.outer(single, single)
+        return (own - between) * _geometric(pairs, k) + between * (_geometric(a, k) * _geometric(b, k))
 
     epoch = population // batch_size
     whole, k = divmod(steps, epoch)
-    earlier = part(epoch) * _geometric(pairs**epoch, whole) * pairs**k
-    return vectors @ (lr**2 * inside * (earlier + part(k))) @ vectors.T
+    return part(epoch) * _geometric(pairs**epoch, whole) * pairs**k + part(k)
+
+
+def finite_time_variances(curvature: np.ndarray, noise: np.ndarray, lr: float, steps: int) -> np.ndarray:
+    """:func:`finite_time_covariance` along eigenvectors of the Hessian alone: from their eigenvalues ``[D]`` and the
+    variances ``[D]`` of a batch's gradient along them."""
+    a = 1.0 - lr * curvature
+    return lr**2 * noise * _geometric(a * a, steps)
+
+
+def bridge_variances(
+    curvature: np.ndarray, per_sample: np.ndarray, lr: float, steps: int, *, batch_size: int, population: int
+) -> np.ndarray:
+    """:func:`bridge_covariance` along eigenvectors of the Hessian alone, all ``[D]``."""
+    a = 1.0 - lr * curvature
+    return lr**2 * per_sample * _bridge(a, a, steps, batch_size, population)
 
 
 def multiplicative_covariance(
@@ -131,18 +150,40 @@ def momentum_covariance(
     of directions carries a 2 x 2 block of covariances.
     """
     values, vectors, inside = _in_eigenbasis(hessian, noise)
-    n, curvature = len(values), values + weight_decay
-    gain = 1.0 + momentum if nesterov else 1.0
-    carried = momentum**2 if nesterov else momentum
-    step = np.zeros((n, 2, 2))  # (d, b) -> (d', b')
-    step[:, 0, 0], step[:, 0, 1] = 1.0 - lr * gain * curvature, -lr * carried
-    step[:, 1, 0], step[:, 1, 1] = curvature, momentum
-    push = np.array([-lr * gain, 1.0])
+    n, (step, push) = len(values), _heavy_ball(values + weight_decay, lr, momentum, nesterov)
     source = inside[:, :, None, None] * np.outer(push, push)
     held = np.zeros((n, n, 2, 2))
     for _ in range(steps):
         held = np.einsum("iab,ijbc,jdc->ijad", step, held, step) + source
     return vectors @ held[:, :, 0, 0] @ vectors.T
+
+
+def momentum_variances(
+    curvature: np.ndarray,
+    noise: np.ndarray,
+    lr: float,
+    steps: int,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> np.ndarray:
+    """:func:`momentum_covariance` along eigenvectors of the Hessian alone, all ``[D]``."""
+    step, push = _heavy_ball(np.asarray(curvature) + weight_decay, lr, momentum, nesterov)
+    source, held = noise[:, None, None] * np.outer(push, push), np.zeros((len(noise), 2, 2))
+    for _ in range(steps):
+        held = step @ held @ step.transpose(0, 2, 1) + source
+    return held[:, 0, 0]
+
+
+def _heavy_ball(curvature: np.ndarray, lr: float, momentum: float, nesterov: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(d, b) -> (d', b') per eigendirection ``[D, 2, 2]``, and what a gradient's noise adds to both ``[2]``."""
+    gain = 1.0 + momentum if nesterov else 1.0
+    carried = momentum**2 if nesterov else momentum
+    step = np.zeros((len(curvature), 2, 2))
+    step[:, 0, 0], step[:, 0, 1] = 1.0 - lr * gain * curvature, -lr * carried
+    step[:, 1, 0], step[:, 1, 1] = curvature, momentum
+    return step, np.array([-lr * gain, 1.0])
 
 
 def momentum_limit(curvature: float, momentum: float = 0.0) -> float:

@@ -4,9 +4,7 @@ import sys
 
 import descentlab as dl
 
-if len(sys.argv) != 2:
-    sys.exit("usage: python load.py DIR, the directory of a finished run of the recovery study")
-results = dl.load(sys.argv[1])
+results = dl.load(sys.argv[1] if len(sys.argv) > 1 else sys.exit("usage: python load.py DIR, as run recovery makes it"))
 frame = results.frame.filter(role="fault")
 for hit in results.hits:
     after = frame.filter(run=hit["run"], step=hit["step"])

@@ -10,7 +10,8 @@ torch.manual_seed(0)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10)))
 hook = dl.PowerSGDHook(rank=2).attach(model)
 optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
-x, y = torch.randn(512, 64), torch.randint(10, (512,))
+x = torch.randn(512, 64)
+y = (x @ torch.randn(64, 10)).argmax(1)
 x, y = x[dist.get_rank() :: 2], y[dist.get_rank() :: 2]  # every process its own samples
 for step in range(200):
     if step == 100:

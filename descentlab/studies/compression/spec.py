@@ -34,7 +34,6 @@ class CompressionSpec(StudySpec):
     steps: PositiveInt = Field(600, description="updates of a run")
     epochs: PositiveInt | None = Field(None, description="passes over the training set; given instead of steps")
     replicates: PositiveInt = extent(5)
-    members_per_block: PositiveInt = extent(1, description="models trained together; 1 where ranks adapt")
     compressor: CompressorChoice = NoCompression()
     link: LinkChoice = SimulatedLinkSpec()
     compute_ms: NonNegativeFloat = Field(
@@ -113,9 +112,6 @@ def check(cell: CompressionSpec) -> None:
         raise UserError("compressor", "torch_powersgd", "engine = process, which has DDP; powersgd does the same here")
     if cell.epochs is not None and "steps" in cell.model_fields_set:
         raise UserError("epochs", cell.epochs, f"steps or epochs, not both; steps = {cell.steps} is given")
-    policy = getattr(cell.compressor, "policy", None)
-    if policy is not None and policy.name in ("accordion", "calibration", "budget") and cell.members_per_block != 1:
-        raise UserError("members_per_block", cell.members_per_block, f"1 beside policy = {policy.name}")
 
 
 RANKS = [{"name": "powersgd", "rank": rank, "min_compression_rate": 2} for rank in (1, 2, 4, 8)]

@@ -332,9 +332,8 @@ def _score(bench: Bench, cell: DiffusionSpec) -> None:
     cloud, curvature = gathered(bench), bench.input("curvature", "curvature.npz")
     work = bench.workload(cell)
     module = module_at(cell, work, bench.of("curvature").input("gd", "theta.npz"))
-    n = len(work.data.x_train)
     times = [int(t) for t in cloud["blocks"][0]["steps"]]
-    found = predict(cell, curvature, module, work, times, sorted(cloud["theta"]), n, bench.advance)
+    found = predict(cell, curvature, module, work, times, sorted(cloud["theta"]), bench.advance)
     for step, theta in cloud["theta"].items():
         alive = theta[np.isfinite(theta).all(axis=1)]
         ending = "" if step == max(cloud["theta"]) else f"_{step}"

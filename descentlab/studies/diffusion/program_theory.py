@@ -26,7 +26,6 @@ def predict(
     work: Any,
     times: Sequence[int],
     snapshots: Sequence[int],
-    samples: int,
     advance: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
     """``Vhat`` ``[D, D]`` after the last of ``snapshots`` and ``Vhat_T`` after the others; ``times`` ``[L]`` with the
@@ -35,59 +34,63 @@ def predict(
     has no theory here."""
     if cell.optimizer.name != "sgd" or getattr(cell.optimizer, "dampening", 0):
         return {"theory": np.array("none")}
-    linear = _Linear(cell, curvature, samples)
-    if cell.theory.closure == "linear" or not linear.plain:
-        found = _collected(linear.along(), times, snapshots, curvature)
-        if linear.bridge:
-            apart = _collected(linear.along(bridge=False), times, snapshots, curvature)
-            found["independent_variances"] = apart["variances"]
+    linear = _Linear(cell, curvature, len(work.data.x_train))
+    found = {"times": np.array(times), "variances": np.stack([linear.variances(t) for t in times])}
+    found |= _named(linear.covariance, snapshots)
+    if linear.bridge:
+        found["independent_variances"] = np.stack([linear.variances(t, bridge=False) for t in times])
+    if cell.theory.closure == "linear" or linear.heavy or linear.bridge:
         return {**found, "theory": np.array(linear.name)}
-    found = _collected(linear.along(), times, snapshots, curvature)
-    average = CloudAverages(cell, module, work, curvature, advance)
-    at, lr = sorted({*times, *snapshots}), float(cell.optimizer.lr)
-    own = cell.theory
-    steps = gaussian_closure(average, average.n, lr, at, batch_size=cell.batch_size, intervals=own.intervals)
-    closed = {t: v for t, _, v in steps}
-    better = _collected(closed.__getitem__, times, snapshots, curvature)
+    average, vectors = CloudAverages(cell, module, work, curvature, advance), curvature["eigenvectors"]
+    at, lr, own = sorted({*times, *snapshots}), float(cell.optimizer.lr), cell.theory
+    along, kept = {}, {}
+    for t, _, v in gaussian_closure(average, average.n, lr, at, batch_size=cell.batch_size, intervals=own.intervals):
+        along[t] = ((vectors.T @ v) * vectors.T).sum(1)
+        if t in snapshots:
+            kept[t] = v
+    better = {"times": np.array(times), "variances": np.stack([along[t] for t in times])}
+    better |= _named(kept.__getitem__, snapshots)
     return {**better, **{f"linear_{k}": v for k, v in found.items()}, "theory": np.array("gaussian closure")}
 
 
-def _collected(
-    at: Callable[[int], np.ndarray], times: Sequence[int], snapshots: Sequence[int], curvature: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    vectors = curvature["eigenvectors"]
-    along = np.stack([((vectors.T @ at(t)) * vectors.T).sum(1) for t in times])
+def _named(at: Callable[[int], np.ndarray], snapshots: Sequence[int]) -> dict[str, np.ndarray]:
     last = max(snapshots)
-    named = {"Vhat" if t == last else f"Vhat_{t}": at(t) for t in snapshots}
-    return {"times": np.array(times), "variances": along, **named}
+    return {"Vhat" if t == last else f"Vhat_{t}": at(t) for t in snapshots}
 
 
 class _Linear:
     """Curvature and noise as they are at theta*."""
 
     def __init__(self, cell: DiffusionSpec, curvature: dict[str, np.ndarray], samples: int) -> None:
-        self.cell, self.samples = cell, samples
-        self.hessian, self.noise = curvature["hessian"], curvature["covariance"]
+        self.batch, self.lr, self.optimizer = cell.batch_size, float(cell.optimizer.lr), cell.optimizer
+        self.hessian, self.noise, self.values = (curvature[k] for k in ("hessian", "covariance", "eigenvalues"))
+        vectors = curvature["eigenvectors"]
+        self.along = ((vectors.T @ self.noise) * vectors.T).sum(1)
         self.heavy = bool(getattr(cell.optimizer, "momentum", 0) or getattr(cell.optimizer, "weight_decay", 0))
-        self.bridge = cell.sampler.name == "shuffle"
-        self.plain = not (self.heavy or self.bridge)
+        self.bridge = cell.sampler.name == "shuffle" and not self.heavy
         self.name = "linear, momentum" if self.heavy else "bridge" if self.bridge else "linear"
+        self.sizes = {"batch_size": cell.batch_size, "population": samples}
 
-    def along(self, bridge: bool = True) -> Callable[[int], np.ndarray]:
-        """Steps -> covariance; without ``bridge`` that of batches drawn with replacement, whatever the loader."""
-        lr, batch = float(self.cell.optimizer.lr), self.cell.batch_size
+    def covariance(self, t: int) -> np.ndarray:
+        """``[D, D]`` after ``t`` updates."""
+        if self.heavy:
+            return diffusion.momentum_covariance(self.hessian, self.noise / self.batch, self.lr, t, **self._momentum())
+        if self.bridge:
+            return diffusion.bridge_covariance(self.hessian, self.noise, self.lr, t, **self.sizes)
+        return diffusion.finite_time_covariance(self.hessian, self.noise / self.batch, self.lr, t)
 
-        def at(t: int) -> np.ndarray:
-            if self.heavy:
-                o: Any = self.cell.optimizer
-                kw = {"momentum": o.momentum, "weight_decay": o.weight_decay, "nesterov": o.nesterov}
-                return diffusion.momentum_covariance(self.hessian, self.noise / batch, lr, t, **kw)
-            if self.bridge and bridge:
-                sizes = {"batch_size": batch, "population": self.samples}
-                return diffusion.bridge_covariance(self.hessian, self.noise, lr, t, **sizes)
-            return diffusion.finite_time_covariance(self.hessian, self.noise / batch, lr, t)
+    def variances(self, t: int, bridge: bool = True) -> np.ndarray:
+        """Along the Hessian's eigenvectors ``[D]``; without ``bridge`` as if batches were drawn with replacement."""
+        if self.heavy:
+            noise = self.along / self.batch
+            return diffusion.momentum_variances(self.values, noise, self.lr, t, **self._momentum())
+        if self.bridge and bridge:
+            return diffusion.bridge_variances(self.values, self.along, self.lr, t, **self.sizes)
+        return diffusion.finite_time_variances(self.values, self.along / self.batch, self.lr, t)
 
-        return at
+    def _momentum(self) -> dict[str, Any]:
+        o: Any = self.optimizer
+        return {"momentum": o.momentum, "weight_decay": o.weight_decay, "nesterov": o.nesterov}
 
 
 class CloudAverages:

@@ -205,6 +205,7 @@ DEFAULT: dict[str, Any] = {
     "observe": {"reduce": "moments", "every": 10},
 }
 QUICK: dict[str, Any] = {
+    "grid": {"optimizer.lr": [0.05], "sampler": ["replacement", "shuffle"]},
     "runs": 200,
     "splits": {"train": "train[:640]", "test": "test[:200]"},
     "reference": {"sgd": {"epochs": 40}, "gd": {"steps": 200}},

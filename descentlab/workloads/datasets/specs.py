@@ -28,6 +28,20 @@ class Mnist5k(Option):
         return load()
 
 
+class MnistSimilar(Option):
+    """Gaussian samples with mean and covariance of each class of mnist5k's training part; tested on its real images."""
+
+    name: Literal["mnist_similar"] = "mnist_similar"
+    n: PositiveInt = Field(3840, description="training samples, classes in turn")
+    rank: int = Field(100, ge=1, le=300, description="principal components of every class")
+    seed: int = Field(0, ge=0, lt=2**32, description="another seed, another sample")
+
+    def build(self) -> Any:
+        from .mnist_similar import load
+
+        return load(self.n, self.rank, self.seed)
+
+
 class Digits(Option):
     """1,797 real 8x8 digits shipped inside scikit-learn, split 1,280 / 157 / 360 by a fixed stratified permutation."""
 
@@ -298,6 +312,7 @@ class ExternalDataset(External):
 DATASETS = Registry(
     "dataset",
     Mnist5k,
+    MnistSimilar,
     Digits,
     Quadratic,
     Mnist,
