@@ -3,7 +3,8 @@
     python benchmarks/compression.py [--quick]
 
 Two processes on gloo train an MLP of 1.02 million parameters; a measurement is the mean time of an iteration, forward
-to optimizer step, of one contestant; they take turns, every other time in reverse order. ``vs_torch_hook_rank_r`` is torch's time over ours: the median over repeats, with the lower end of its one-sided 95 % bootstrap interval under
+to optimizer step, of one contestant; they take turns, every other time in reverse order. ``vs_torch_hook_rank_r`` is
+torch's time over ours: the median over repeats, with the lower end of its one-sided 95 % bootstrap interval under
 ``lower``. ``vs_all_reduce_…`` is the plain all-reduce's time over that of our rank 2. Limited links are network
 namespaces and need root; without it they are left out, and ``skipped`` says so.
 """

@@ -3,7 +3,7 @@
     python benchmarks/ensemble.py [--quick] [--device cpu] [--members 1000]
 
 MLP-386 on mnist5k, batch 64, plain SGD, every member with its own initial weights and batches. descentlab: blocks of
-250 members, one process per core with one thread each; drawing of batches, gathering, gradients, optimizer, clocks,
+500 members, one process per core with one thread each; drawing of batches, gathering, gradients, optimizer, clocks,
 every standard observable at every step, the test set every 10 steps, and the writing of all rows included. What the
 others measure on the way: contestants.py. JAX, when installed: ``jit(vmap(scan))`` in one process, which uses all
 cores; gathering, updates and measurements included, drawing, compilation and writing not.
@@ -16,13 +16,13 @@ Ratios are time per member-step of the other over time per member-step of descen
 - ``vs_loop_unobserved``, ``vs_jax_unobserved``: descentlab with a row per epoch and no test set, the others with the
   loss alone.
 - ``vs_loop_cnn``, ``vs_loop_lenet5``: as ``vs_loop`` for the recovery study's BatchNorm network and LeNet5, in blocks
-  of 5; ``…_two_threads``: against the loop with two threads.
+  of 5 (LeNet5 not with ``--quick``); ``…_two_threads``: against the loop with two threads.
 
 Others: ``store_share``, the share of the processor time of a default step that goes into making and writing rows, a
-part every 60,000 rows (``run`` writes one every 65,536); ``slope``, of the logarithm of processor time against the
-logarithm of members, one process, 250 to 2,000 members in blocks of 250, one epoch each, so that every turn draws one
-permutation per member; ``memory_steps`` and ``memory_members``, peak memory with four times the steps and four times
-the members over that without. ``--quick`` leaves out what the bounds do not need (null).
+part every 60,000 rows (``run`` writes one every 65,536); ``slope``, of the logarithm of the least processor time
+against the logarithm of members, one process, 500 to 2,000 members in blocks of 500, one epoch each, so that every turn
+draws one permutation per member; ``memory_steps`` and ``memory_members``, peak memory with four times the steps and
+four times the members over that without. ``--quick`` leaves out what the bounds do not need (null).
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import math
 import multiprocessing
 import os
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,20 +43,20 @@ from common import ONE_THREAD, alternate, cores, emit, median_ratio, spread
 from contestants import EPOCH, STORE_S, Advance, blocks, cell, ensemble, jax_ensemble, loop
 
 WARM_UP = 10
-SIZES = (250, 500, 1000, 2000)  # members for the slope; 125, half a block, is printed beside them
+SIZES = (500, 1000, 1500, 2000)  # members for the slope; 250, half a block, is printed beside them
 CNN_UPDATES, CNN_MEMBERS = 10, 10
-PART = 4 * EPOCH  # updates after which a block of 250 has 60,000 rows to write
+PART = 2 * EPOCH  # updates after which a block of 500 has 60,000 rows to write
 FULL_ONLY = {
     *("loop_all_cores", "descentlab_unobserved", "loop_unobserved", "jax_split", "jax_unobserved"),
-    *("cnn_loop_two_threads", "lenet5_loop_two_threads"),
+    *("cnn_loop_two_threads", "lenet5", "lenet5_loop", "lenet5_loop_two_threads"),
 }
 
 
 def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax: bool) -> dict[str, Advance]:
     """Everything worker number ``worker`` of ``count`` can be asked to run."""
-    from descentlab.engine.program import MEMBERS_PER_BLOCK
+    from descentlab.engine.program import MEMBERS_PER_BLOCK, ONE_BY_ONE
 
-    size, members = MEMBERS_PER_BLOCK["vmap"], arguments.members
+    size, members = ONE_BY_ONE, arguments.members
     own = blocks(members, worker, count, size)
     plain = cell(observed=False, device=arguments.device)
     default = cell(device=arguments.device)
@@ -68,7 +67,7 @@ def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax
     if not arguments.quick:
         found["descentlab_unobserved"] = ensemble(own, plain)
         found["loop_unobserved"] = loop(plain, evaluate=False)
-    for model in ("cnn", "lenet5"):
+    for model in ("cnn",) if arguments.quick else ("cnn", "lenet5"):
         settings, five = cell(model, device=arguments.device), MEMBERS_PER_BLOCK["member"]
         found[model] = ensemble(blocks(CNN_MEMBERS, worker, count, five), settings)
         found[f"{model}_loop"] = found[f"{model}_loop_two_threads"] = loop(settings, models=1)
@@ -146,7 +145,7 @@ def turns(links: list[Connection], with_jax: bool, quick: bool) -> dict[str, Cal
 def contest(arguments: argparse.Namespace, with_jax: bool) -> tuple[dict[str, list[float]], int]:
     """(microseconds per member-step of every contestant and repeat, number of processes)."""
     os.environ.update(ONE_THREAD)
-    count = min(cores(), max(1, arguments.members // 250))
+    count = min(cores(), max(1, arguments.members // 500))
     context = multiprocessing.get_context("spawn")
     links, workers = [], []
     for i in range(count):
@@ -170,7 +169,7 @@ def peak_memory(link: Connection, members: int, updates: int, device: str) -> No
     import torch
 
     torch.set_num_threads(1)
-    for block in blocks(members, 0, 1, 250):
+    for block in blocks(members, 0, 1, 500):
         advance = ensemble([block], cell(device=device))
         for _ in range(updates // EPOCH):
             advance(EPOCH)
@@ -180,7 +179,7 @@ def peak_memory(link: Connection, members: int, updates: int, device: str) -> No
 def memory(device: str, steps: int) -> dict[str, float]:
     """Peak memory in MB of fresh processes, side by side."""
     context = multiprocessing.get_context("spawn")
-    jobs = {f"250 members, {steps} steps": (250, steps), "4 x steps": (250, 4 * steps), "4 x members": (1000, steps)}
+    jobs = {f"500 members, {steps} steps": (500, steps), "4 x steps": (500, 4 * steps), "4 x members": (2000, steps)}
     links, found = {}, {}
     for name, (members, updates) in jobs.items():
         links[name], theirs = context.Pipe()
@@ -192,8 +191,8 @@ def memory(device: str, steps: int) -> dict[str, float]:
 
 
 def slope(measured: dict[str, list[float]]) -> float:
-    """Least-squares slope of log time against log members, time being the median over the repeats."""
-    points = [(math.log(n), math.log(n * statistics.median(measured[f"members_{n}"]))) for n in SIZES]
+    """Least-squares slope of log time against log members, time being the least of the repeats."""
+    points = [(math.log(n), math.log(n * min(measured[f"members_{n}"]))) for n in SIZES]
     x, y = (sum(p[i] for p in points) / len(points) for i in (0, 1))
     return round(sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points), 3)
 
@@ -232,7 +231,7 @@ def main() -> None:
     ratios["slope"] = slope(CPU_MICROSECONDS)
     steps = EPOCH if arguments.quick else 5 * EPOCH
     held = memory(arguments.device, steps)
-    base = held[f"250 members, {steps} steps"]
+    base = held[f"500 members, {steps} steps"]
     ratios |= {
         "memory_steps": round(held["4 x steps"] / base, 3),
         "memory_members": round(held["4 x members"] / base, 3),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .comm.powersgd_hook import PowerSGDHook as PowerSGDHook
     from .launch.generator import train as train
     from .launch.landscape import landscape_of as landscape
+    from .observe.along import CurvatureLog as CurvatureLog
+    from .observe.along import flat_directions as flat_directions
     from .observe.corruption import corruption as corruption
     from .observe.curvature import hessian as hessian
     from .observe.curvature import top_k as top_k
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module, imported on first use; module:name where they differ
+    "CurvatureLog": "observe.along",
     "PowerSGDHook": "comm.powersgd_hook",
     "corruption": "observe.corruption",
     "draw": "report.landscape:write",
+    "flat_directions": "observe.along",
     "gradient_covariance": "observe.noise",
     "hessian": "observe.curvature",
     "inject": "perturb.inject",
@@ -41,10 +45,12 @@ _HOME = {  # public name -> module, imported on first use; module:name where the
     "trace": "observe.spectrum",
 }
 __all__ = [
+    "CurvatureLog",
     "PowerSGDHook",
     "__version__",
     "corruption",
     "draw",
+    "flat_directions",
     "gradient_covariance",
     "hessian",
     "inject",

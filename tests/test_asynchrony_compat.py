@@ -56,6 +56,7 @@ def test_every_flag_reaches_a_setting() -> None:
     assert (cosine.name, cosine.steps) == ("cosine", 2 * (60_000 // 32))
     step = cell("sync", "--lrs", "exponential").schedule
     assert (step.every, step.factor) == ((60_000 // 32) // 2, 0.9)
+    assert cell("async", "--saves_per_epoch", "3").observe.snapshots_every == (60_000 // 32) // 3
     assert cell("sync", "--set", "delay=gamma").delay.name == "gamma"
 
 
@@ -75,7 +76,7 @@ def test_every_flag_reaches_a_setting() -> None:
         ("sync", "--compensation", "--compensation"),
         ("sync", "--split_labels_unscaled", "--split_labels_unscaled"),
         ("nn_train", "--world_size 3", "--world_size"),
-        ("nn_train", "--saves_per_epoch 3", "--saves_per_epoch = 3: expected none"),
+        ("nn_train", "--saves_per_epoch 0", "--saves_per_epoch = 0: expected at least 1"),
         ("nn_train", "--train_split 1.5", "--train_split = 1.5: expected a share above 0 and up to 1"),
         ("nn_train", "--lrs linear", "--lrs"),
         ("nn_train", "--epochs two", "--epochs = 'two': expected a whole number"),

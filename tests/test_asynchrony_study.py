@@ -16,9 +16,9 @@ from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
 from descentlab.launch.conditions import timeline_of
 from descentlab.launch.plan import make_plan
-from descentlab.studies.asynchrony import program
+from descentlab.studies.asynchrony import figures, program
 from descentlab.studies.asynchrony.names import conditions
-from descentlab.studies.asynchrony.outcomes import QUESTIONS, difference_name
+from descentlab.studies.asynchrony.outcomes import QUESTIONS, difference_name, outcomes
 from descentlab.studies.asynchrony.presets import LEVELS, RECOMMENDED
 from descentlab.studies.asynchrony.spec import STUDY, AsynchronySpec
 
@@ -31,7 +31,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small study through the flat namespace: two timelines, two partitions, two momenta, the quick report."""
     out = tmp_path_factory.mktemp("asynchrony") / "out"
     (out.parent / "study.yaml").write_text(
-        "study: asynchrony\npreset: bare\nsize: quick\ndataset: digits\nmodel: linear\nbatch_size: 16\nsteps: 40\nworkers: 3\n"
+        "study: asynchrony\npreset: bare\nsize: quick\ndataset: digits\nmodel: linear\n"
+        "batch_size: 16\nsteps: 40\nworkers: 3\n"
         "observe: {every: 1, evaluate_every: 10}\noptimizer: {name: sgd, lr: 0.1}\n"
         "grid:\n  timeline: [barrier, asynchronous]\n  partition: [sample, label]\n  optimizer.momentum: [0, 0.9]\n"
     )
@@ -127,6 +128,9 @@ def test_the_table_has_staleness_and_clocks(finished: Path) -> None:
         (["partition=labels"], "did you mean 'label'?"),
         (["evaluate_on=[train]"], "a list with test"),
         (["worker_momentum=1"], "worker_momentum = 1"),
+        (["engine=process", "worker_momentum=0.5"], "worker_momentum = 0.5: expected 0"),
+        (["engine=process", "cost.latency_s=0.1"], "cost.latency_s = 0.1: expected nothing: real processes have"),
+        (["engine=process", "engine.interface=nowhere0"], "nowhere0"),
     ],
 )
 def test_a_mistake_is_one_clear_error(settings: list[str], says: str) -> None:
@@ -222,3 +226,27 @@ def test_the_planned_contrasts_do_not_depend_on_the_data(finished: Path) -> None
     counts = {question: sum(name.startswith(question) for name in names) for question in QUESTIONS}
     assert counts == {"delay": 4, "partition": 4 + 2, "momentum": 4 + 2}
     assert {LOWER, HIGHER, IDENTICAL} == {"lower", "higher", "identical"}
+
+
+def test_the_early_stop_mark_is_where_the_validation_loss_is_least(finished: Path) -> None:
+    """The mark against the medians of the table; broken by the training loss, or the last evaluation, in its place."""
+    results = dl.load(finished)
+    cells = outcomes(results).cells[:3]
+    picture = figures.validation(results.frame, cells)
+    for ax, one in zip(picture.axes, cells, strict=False):
+        part = results.frame.filter(pl.col("cell") == one.index).drop_nulls("validation_loss")
+        medians = part.group_by("step").agg(pl.col("validation_loss").median()).sort("validation_loss")
+        (mark,) = [line for line in ax.lines if line.get_marker() == "v"]
+        assert list(mark.get_xdata()) == [medians["step"][0]]
+        assert list(mark.get_ydata()) == [medians["validation_loss"][0]]
+
+
+def test_figures_of_the_cluster(finished: Path) -> None:
+    """Bars of a worker end where its gradients arrive; class counts add up to the partition's."""
+    settings = dl.load(finished).runs[-1]["settings"]
+    updates, counts = program.updates(settings, 12), program.counts(settings)
+    drawn = figures.timelines({"it": (3, updates)}).axes[0]
+    marks = [line for line in drawn.lines if line.get_marker() == "|"]
+    assert [len(line.get_xdata()) for line in marks] == [sum(w in who for _, who, _ in updates) for w in range(3)]
+    bars = figures.class_counts({"label": counts}).axes[0].patches
+    assert sum(bar.get_height() for bar in bars) == np.array(counts).sum()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import descentlab as dl
 from descentlab.core.errors import UserError
+from descentlab.observe import lanczos
 
 
 def brute_force(model: nn.Module, loss: object, data: tuple[Tensor, Tensor]) -> Tensor:
@@ -103,6 +104,23 @@ def test_lanczos_equals_eigvalsh(k: int) -> None:
     torch.testing.assert_close(top.vectors.T @ top.vectors, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
     assert top.residuals.max() < 1e-8
     torch.testing.assert_close(dl.top_k(model, F.cross_entropy, data, k, method="dense").values, dense)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_lanczos_restarts_in_little_memory(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than 3 k + 10 vectors of 157 weights: needs restarts, loses nothing. Breaks when the Ritz vectors that
+    are kept are not coupled to the next one."""
+    monkeypatch.setattr("descentlab.observe.curvature.BASIS_BYTES", 1)
+    restarts: list[int] = []
+    restart = lanczos._restart
+    monkeypatch.setattr(lanczos, "_restart", lambda *a: restarts.append(1) or restart(*a))
+    model, data = mlp(12, 9, 4), classes(40, 12, 4)
+    dense = torch.linalg.eigvalsh(dl.hessian(model, F.cross_entropy, data)).flip(0)[:k]
+    top = dl.top_k(model, F.cross_entropy, data, k)
+    assert restarts
+    torch.testing.assert_close(top.values, dense, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(top.vectors.T @ top.vectors, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert top.residuals.max() < 1e-8
 
 
 def test_lanczos_goes_on_beside_an_invariant_space() -> None:

@@ -508,16 +508,3 @@ def test_shakespeare_with_nanogpt_passes_the_check(folders: tuple[Path, Path], m
     words = [f"{chr(97 + a)}{chr(97 + b)}{chr(97 + c)}" for a, b, c in RNG.integers(0, 25, (400, 3))]
     place(folders[0], monkeypatch, "TINYSHAKESPEARE", [" ".join(words).encode()])
     check_workload(TinyShakespeare(characters=None), NanoGpt())
-
-
-def test_digits_are_those_of_scikit_learn() -> None:
-    """Every image once, in some part, with its own label; scikit-learn's reader is the oracle."""
-    from sklearn.datasets import load_digits
-
-    from descentlab.workloads.datasets.digits import load
-
-    data, bunch = load(), load_digits()
-    x = torch.cat([data.x_train, data.x_validation, data.x_test]).flatten(1).numpy() * 16
-    y = torch.cat([data.y_train, data.y_validation, data.y_test]).numpy()
-    ours, theirs = (np.column_stack([a, b]).tolist() for a, b in ((x, y), (bunch.data, bunch.target)))
-    assert sorted(ours) == sorted(theirs)

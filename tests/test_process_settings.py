@@ -81,7 +81,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
     Broken on purpose: staleness counted from the current version, or two runs packed into one block, fails.
     """
-    dl.run("crossed", *given(["replicates=2"]), "workers=2", "steps=30", out=tmp_path / "out")
+    settings = given(["replicates=2", "workers=2", "steps=30", "observe.extra=[weight_norm]"])
+    dl.run("crossed", *settings, out=tmp_path / "out")
     directory, results = RunDirectory.open(tmp_path / "out"), dl.load(tmp_path / "out")
     assert [row["status"] for row in results.status] == ["done", "done"]
     for key in directory.block_keys():
@@ -95,7 +96,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
         for _ in replay.run():
             pass
         columns, _ = replay.recorder.flush()
-        for name in ("train_loss", "grad_norm", "weight_gap"):
+        norm = sum(float(p.square().sum()) for p in replay.state.params.values()) ** 0.5
+        assert rows["weight_norm"][-1] == pytest.approx(norm)
+        for name in ("train_loss", "grad_norm", "weight_gap", "weight_norm"):
             assert columns[name].to_list() == pytest.approx(rows[name].to_list(), rel=1e-9, abs=1e-12)
         assert rows["test_accuracy"][-1] == pytest.approx(columns["test_accuracy"][-1])
 

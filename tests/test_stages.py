@@ -57,6 +57,8 @@ def test_defaults_are_frozen() -> None:
         ("recovery", "published"),
         ("crossed", "default"),
         ("training", "default"),
+        ("compression", "default"),
+        ("diffusion", "default"),
     ):
         cells = resolve(study, [f"preset={preset}"]).cells
         found[f"{study}/{preset}"] = [cell.model_dump(mode="json") for cell in cells]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -169,6 +171,41 @@ def test_a_stored_table_is_used_until_something_changes(tmp_path: Path) -> None:
     assert load(tmp_path).frame["step"].max() == STEPS - 1
     (tmp_path / "table.parquet").write_bytes(b"PAR1 rubbish")
     assert load(tmp_path).frame["step"].max() == STEPS - 1
+
+
+def test_a_table_that_is_up_to_date_is_all_that_is_read(
+    undisturbed: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No part of any block is opened and resolved.jsonl is parsed once; hits come from their file, or where that is
+    damaged from the blocks."""
+    copy = shutil.copytree(undisturbed.path, tmp_path / "copy")
+    read: list[str] = []
+    plain = RunDirectory.read_jsonl
+    monkeypatch.setattr(RunDirectory, "read_jsonl", lambda self, name: (read.append(name), plain(self, name))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "read_part", lambda folder, part: pytest.fail(f"{part.file} was read"))
+        again = load(copy)
+    assert equal_tables(again.frame, undisturbed.frame) == [] and read.count("resolved.jsonl") == 1
+    assert (again.hits, again.status, again.runs) == (undisturbed.hits, undisturbed.status, undisturbed.runs)
+    assert again.hits[0]["new"] == [-math.inf]
+    (copy / "hits.jsonl").write_text('{"case": 0, "ru')
+    assert load(copy).hits == undisturbed.hits
+
+
+def test_parts_of_earlier_versions_are_read(undisturbed: Results, tmp_path: Path) -> None:
+    """They were Parquet files. Fails when the reader goes by anything but the name."""
+    copy = shutil.copytree(undisturbed.path, tmp_path / "copy")
+    (copy / "table.parquet").unlink()
+    folder = copy / "blocks" / "b0"
+    done = json.loads((folder / "done.json").read_text())
+    for part in done["metrics"]:
+        frame = pl.read_ipc((folder / part["file"]).read_bytes())
+        (folder / part["file"]).unlink()
+        part["file"] = part["file"].replace(".arrow", ".parquet")
+        frame.write_parquet(folder / part["file"])
+        part["sha256"] = hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
+    (folder / "done.json").write_text(json.dumps(done))
+    assert equal_tables(load(copy).frame, undisturbed.frame) == []
 
 
 def test_equal_tables_sees_every_kind_of_difference(undisturbed: Results) -> None:

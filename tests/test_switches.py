@@ -34,7 +34,7 @@ from descentlab.workloads.loading import load_data
 from descentlab.workloads.slices import folded
 
 MLP = ["dataset=digits", "model.pool=0", "optimizer=sgd", "optimizer.lr=0.1", "replicates=2", "steps=20"]
-CNN = ["dataset=mnist5k", "model=lenet5", "batch_size=16", "optimizer=sgd", "optimizer.lr=0.1", "replicates=1", "steps=3"]
+CNN = ["dataset=mnist5k", "model=lenet5", "batch_size=16", *MLP[2:4], "replicates=1", "steps=3"]
 
 
 def losses(*settings: str) -> tuple[np.ndarray, Any]:

@@ -53,7 +53,7 @@ def parser(program: str) -> Parser:
     old.add_argument("--batch_size", type=int, default=32)
     old.add_argument("--epochs", type=int, default=1)
     old.add_argument("--lrs", choices=("exponential", "cosine_annealing"), help="learning-rate schedule")
-    old.add_argument("--saves_per_epoch", type=int, metavar="N", help="refused: weights are not saved along the way")
+    old.add_argument("--saves_per_epoch", type=int, metavar="N", help="store the weights so often")
     old.add_argument("--subfolder", default="", metavar="DIR", help="below out/")
     for flag, text in _SWITCHES.items():
         old.add_argument(f"--{flag}", action="store_true", help=text)
@@ -98,6 +98,7 @@ def native(program: str, arguments: Sequence[str]) -> Native:
     workers = 1 if program == "nn_train" else given.world_size - 1
     parts = [flag for flag in PARTITIONS if getattr(given, flag, False)]
     n = int(SAMPLES[given.dataset] * given.train_split)
+    updates = max(1, n // given.batch_size // (workers if program == "sync" else 1))  # of an epoch
     passes = given.epochs if parts or program == "nn_train" else given.epochs * workers
     evaluated = [*(["train"] if given.model_accuracy else []), *(["validation"] if given.val else []), "test"]
     settings = [
@@ -116,7 +117,8 @@ def native(program: str, arguments: Sequence[str]) -> Native:
         *([f"partition={PARTITIONS[parts[0]]}"] if parts else []),
         *(["partition.truncate=false"] if parts == ["split_labels_unscaled"] else []),
         *_delay(given),
-        *_schedule(given, max(1, n // given.batch_size), program, workers),
+        *_schedule(given, updates),
+        *([f"observe.snapshots_every={max(1, updates // given.saves_per_epoch)}"] if given.saves_per_epoch else []),
         *(["staleness_rule=compensation", "staleness_rule.lam=2"] if getattr(given, "compensation", False) else []),
     ]
     own = {word.split("=")[0] for word in given.set}
@@ -129,8 +131,8 @@ def _check(given: Any, program: str) -> None:
     """Flags that exclude each other, and numbers that cannot be."""
     if not 0 < given.train_split <= 1:
         raise UserError("--train_split", given.train_split, "a share above 0 and up to 1")
-    if given.saves_per_epoch is not None:
-        raise UserError("--saves_per_epoch", given.saves_per_epoch, "none: this program keeps no weights along the way")
+    if given.saves_per_epoch is not None and given.saves_per_epoch < 1:
+        raise UserError("--saves_per_epoch", given.saves_per_epoch, "at least 1")
     if program == "nn_train":
         return
     if given.world_size < 2:
@@ -163,9 +165,8 @@ def _delay(given: Any) -> list[str]:
     return [f"delay={law}", f"delay.level={level}", *slow, *([] if given.delay else ["delay.only_slow=true"])]
 
 
-def _schedule(given: Any, batches: int, program: str, workers: int) -> list[str]:
-    """Per update, as everything is here; a barrier's update takes a batch of every worker."""
-    updates = max(1, batches // workers) if program == "sync" else batches
+def _schedule(given: Any, updates: int) -> list[str]:
+    """Per update, as everything is here; an epoch has so many."""
     if given.lrs == "exponential":
         return ["schedule=step", "schedule.factor=0.9", f"schedule.every={updates}"]
     if given.lrs == "cosine_annealing":

@@ -189,9 +189,11 @@ class Calibration:
         *,
         check: int = 100,
         tolerance: float = 0.25,
+        measuring: tuple[int, int] = (5, 20),
     ) -> None:
         self.candidates, self.threshold, self.accordion = sorted(set(candidates)), threshold, accordion
         self.check, self.tolerance, self.weighs_time = check, tolerance, True
+        self.measuring = measuring  # messages that do not count, and that do, where processes measure the link
 
     def start(self, params: Tree) -> Tree:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""

@@ -77,8 +77,8 @@ class CalibratedRank(Option):
     name: Literal["calibration"] = "calibration"
     candidates: list[PositiveInt] = Field([1, 2, 4, 8], min_length=1, description="ranks to try")
     comm_ratio_threshold: float = Field(0.3, gt=0, le=1, description="largest share of the time spent on sending")
-    warmup_iters: NonNegativeInt = Field(5, description="iterations not counted, per candidate, where time is measured")
-    measure_iters: PositiveInt = Field(20, description="iterations counted, per candidate, where time is measured")
+    warmup_iters: NonNegativeInt = Field(5, description="messages not counted, where processes measure the link")
+    measure_iters: PositiveInt = Field(20, description="messages counted, where processes measure the link")
     check_every: PositiveInt = Field(100, description="updates between looks at the link's speed")
     tolerance: PositiveFloat = Field(0.25, description="relative change of the time of sending that asks for a new one")
     then: Literal["fixed", "accordion"] = Field("fixed", description="stay at the rank, or go up to it by accordion")
@@ -88,8 +88,14 @@ class CalibratedRank(Option):
         from .adaptive import Calibration
 
         accordion = self.accordion.build() if self.then == "accordion" else None
-        how = {"check": self.check_every, "tolerance": self.tolerance}
-        return Calibration(self.candidates, self.comm_ratio_threshold, accordion, **how)
+        return Calibration(
+            self.candidates,
+            self.comm_ratio_threshold,
+            accordion,
+            check=self.check_every,
+            tolerance=self.tolerance,
+            measuring=(self.warmup_iters, self.measure_iters),
+        )
 
 
 class BudgetRank(Option):

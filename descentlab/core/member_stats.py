@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import TYPES, Rows, enabled, library
+from .native import TYPES, Held, Rows, enabled, library
 from .tree import leaves
 
 SOURCE = Path(__file__).with_name("member_stats.c")
@@ -73,10 +73,11 @@ class _Stats:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._norms, self._largest = loaded.norms, loaded.largest
         self._norms.restype = self._largest.restype = None
+        self._after, self._before, self._slots = Held(), Held(), Held()  # weights are the same tensors for long
 
     def norms(self, tensors: Sequence[Tensor], minus: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-        members, held = len(tensors[0]), Rows(tensors)
-        others = Rows(minus) if minus is not None else None
+        members, held = len(tensors[0]), (Rows(tensors) if minus is None else self._after.rows(tensors))
+        others = self._before.rows(minus) if minus is not None else None
         norm, nonfinite = torch.empty(members, dtype=torch.float64), torch.empty(members, dtype=torch.int64)
         to = (others.strides, others.addresses) if others is not None else (None, None)
         sizes = (ctypes.c_int64 * len(held.tensors))(*(math.prod(t.shape[1:]) for t in held.tensors))
@@ -86,7 +87,7 @@ class _Stats:
         return norm, nonfinite
 
     def largest(self, tensors: Sequence[Tensor]) -> Tensor:
-        members, held = len(tensors[0]), Rows(tensors)
+        members, held = len(tensors[0]), self._slots.rows(tensors)
         top = torch.empty(members, dtype=torch.float64)
         sizes = (ctypes.c_int64 * len(held.tensors))(*(math.prod(t.shape[1:]) for t in held.tensors))
         self._largest(ctypes.c_int64(members), len(sizes), sizes, held.strides, held.addresses, _at(top))

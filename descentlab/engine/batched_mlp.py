@@ -85,6 +85,9 @@ def plain_layers(module: nn.Module, chain: nn.Sequential) -> list[Layer] | None:
     return layers if whole and not list(module.buffers()) else None
 
 
+COMPILED_WEIGHTS = 2**17  # of one member; beyond, its weights leave the cache and torch's blocked products are faster
+
+
 class BatchedMlp:
     """The worker half of a step (the ``Work`` protocol) for a plain MLP with a cross-entropy loss, on any device."""
 
@@ -110,7 +113,8 @@ class BatchedMlp:
         """See :class:`~descentlab.core.protocols.Work`; nothing can be edited or masked here."""
         if ops is not None and (ops.edits or ops.masks):
             raise ValueError("edits run on the single-member path, and a plain MLP has no dropout")
-        if isinstance(batch, Selection) and (native := self._native(batch.source[0])) is not None:
+        native = self._native(batch.source[0], view.params) if isinstance(batch, Selection) else None
+        if native is not None and isinstance(batch, Selection):
             return self._compiled(native, view.params, batch)
         params, x, y = view.params, batch.x.flatten(2), batch.y.unsqueeze(1)
         inputs, outputs = self._forward(params, x.mT)
@@ -126,9 +130,11 @@ class BatchedMlp:
                 g = ACTIVATIONS[before].backward(back, outputs[i - 1], inputs[i])
         return Grads({name: grads[name] for name in params}, {}, loss, accuracy)
 
-    def _native(self, x: Tensor) -> Kernel | None:
-        """The compiled step, where it covers these layers and this kind of tensor."""
+    def _native(self, x: Tensor, params: Tree) -> Kernel | None:
+        """The compiled step, where it covers these layers and this kind of tensor, and is the faster one."""
         if not enabled() or not self._covered or x.device.type != "cpu" or x.dtype not in TYPES:
+            return None
+        if sum(math.prod(p.shape[1:]) for p in params.values()) > COMPILED_WEIGHTS:
             return None
         return kernel(x.dtype)
 
@@ -150,7 +156,7 @@ class BatchedMlp:
     @torch.no_grad()
     def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~descentlab.core.protocols.Work`."""
-        if (native := self._native(x)) is not None:
+        if (native := self._native(x, view.params)) is not None:
             return native.evaluate(*self._network(view.params), x.flatten(1), y)
         widest = max(view.params[layer.bias].shape[1] for layer in self.layers)
         chunk = max(1, self.EVALUATE_ELEMENTS // (len(x) * widest))

@@ -58,11 +58,12 @@ class Environment:
     bandwidth_mbps: float
 
 
-def measure_environment(repeats: int = 10) -> Environment:
-    """Medians over ``repeats`` small and three large all-reduces, after one of each; on every process at once."""
+def measure_environment(warmup: int = 1, repeats: int = 10) -> Environment:
+    """Medians over ``repeats`` small all-reduces and a third as many large ones, after ``warmup`` that do not count; on
+    every process at once."""
     world = dist.get_world_size()
-    small = _median_s(torch.zeros(1, dtype=torch.float64), repeats)
-    large = _median_s(torch.zeros(PROBE_BYTES, dtype=torch.uint8), 3)
+    small = _median_s(torch.zeros(1, dtype=torch.float64), warmup, repeats)
+    large = _median_s(torch.zeros(PROBE_BYTES, dtype=torch.uint8), min(warmup, 1), -(-repeats // 3))
     found = torch.tensor([small, large], dtype=torch.float64)
     dist.broadcast(found, 0)
     small, large = found.tolist()
@@ -71,13 +72,13 @@ def measure_environment(repeats: int = 10) -> Environment:
     return Environment(small / hops, 8 * carried / max(large - small, 1e-9) / 1e6)
 
 
-def _median_s(tensor: Tensor, repeats: int) -> float:
+def _median_s(tensor: Tensor, warmup: int, repeats: int) -> float:
     found = []
-    for i in range(repeats + 1):
+    for i in range(warmup + repeats):
         dist.barrier()
         started = time.perf_counter()
         dist.all_reduce(tensor)
-        if i:
+        if i >= warmup:
             found.append(time.perf_counter() - started)
     return float(np.median(found))
 
@@ -144,22 +145,26 @@ class Distributed(Engine):
         if self._last is not None and looks is not None and not looks(moment, self._last):
             return
         if getattr(policy, "weighs_time", False) and self._last is not None:
-            self.environment = measure_environment()
+            self.environment = measure_environment(*getattr(policy, "measuring", ()))
         self._last = moment
         names = [name for name, p in self._named.items() if p.dim() > 1]
+        if not isinstance(policy, AdaptiveRankPolicy):  # a function of the moment, which all processes know
+            assert policy is not None
+            self._set_ranks(dict.fromkeys(names, policy.rank(moment)))
+            return
         told = torch.zeros(len(names), dtype=torch.int64)
         if self.rank == 0:
             ranks = self._decide(policy, moment)
             told += torch.tensor([ranks[name] if isinstance(ranks, Mapping) else ranks for name in names])
         dist.broadcast(told, 0)
-        by_name = dict(zip(names, told.tolist(), strict=True))
-        if by_name != self._asked:
-            self._asked = by_name
-            self.hook.set_rank(by_name)  # type: ignore[attr-defined]
+        self._set_ranks(dict(zip(names, told.tolist(), strict=True)))
 
-    def _decide(self, policy: Any, moment: RankMoment) -> Ranks:
-        if not isinstance(policy, AdaptiveRankPolicy):
-            return policy.rank(moment)
+    def _set_ranks(self, ranks: dict[str, int]) -> None:
+        if ranks != self._asked:
+            self._asked = ranks
+            self.hook.set_rank(ranks)  # type: ignore[attr-defined]
+
+    def _decide(self, policy: AdaptiveRankPolicy, moment: RankMoment) -> Ranks:
         costs = self.exchanging.costs(self.state)
         environment = self.environment or Environment(0.0, 0.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.flat import joined
 from ..core.member_stats import member_norms
 from .driver import Engine, Round
 
@@ -16,7 +17,12 @@ def lateness(engine: Engine, now: Round) -> dict[str, Tensor]:
     gaps = torch.zeros(members, dtype=torch.float64)
     for i in range(k):
         if (now.versions[:, i] != engine.step).any():
-            gaps += member_norms(engine.state.params, engine.view(now.versions[:, i]))[0].double() / k
+            read = engine.view(now.versions[:, i])
+            if len({t.dtype for t in read.values()}) == 1:  # all weights side by side: one pass
+                gap, _ = member_norms({"": joined(engine.state.params)}, {"": joined(read)})
+            else:
+                gap, _ = member_norms(engine.state.params, read)
+            gaps += gap.double() / k
     staleness = torch.from_numpy((engine.step - now.versions).mean(1))
     worker = torch.from_numpy(now.workers[:, 0]) if k == 1 else torch.full((members,), -1, dtype=torch.int64)
     return {"staleness": staleness, "weight_gap": gaps, "worker": worker}

@@ -16,7 +16,8 @@ class Lockstep(Engine):
 
     def round(self) -> Round:
         members, workers = len(self.slots), self.parts.workers
-        everyone = np.tile(np.arange(workers), (members, 1))
+        one = workers == 1
+        everyone = np.zeros((members, 1), dtype=np.int64) if one else np.tile(np.arange(workers), (members, 1))
         ended = np.full(members, (self.step + 1) * self.parts.compute_s)
         return Round(everyone, np.full_like(everyone, self.step), ended)
 

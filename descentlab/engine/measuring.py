@@ -116,4 +116,4 @@ def _array(t: Tensor) -> np.ndarray:
     """A copy on the CPU, of a type that numpy has too."""
     if t.dtype in (torch.bfloat16, torch.float16):
         t = t.float()
-    return t.detach().cpu().numpy().copy()
+    return (t if t.device.type == "cpu" else t.cpu()).detach().numpy().copy()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.native import Rows, library
+from ..core.native import Held, Rows, library
 
 SOURCE = Path(__file__).with_name("plain_mlp.c")
 EVALUATED_AT_ONCE = 64  # samples: what one member needs for them stays in the first-level cache
@@ -31,6 +31,7 @@ class Kernel:
         self._step.restype = self._evaluate.restype = None
         self._scratch_vectors.restype = ctypes.c_int64
         self._scratch = torch.empty(0)
+        self._held = Held()
 
     def step(
         self,
@@ -53,7 +54,7 @@ class Kernel:
             raise IndexError(f"sample indices must be in [0, {len(x)})")
         members, batch = index.shape
         x, y, index, layers = x.contiguous(), y.contiguous(), index.contiguous(), len(weights)
-        held, made = Rows([*weights, *biases]), Rows(grads)
+        held, made = self._held.rows([*weights, *biases]), Rows(grads)
         if any(a is not b for a, b in zip(made.tensors, grads, strict=True)):
             raise ValueError("gradients of a member that are not contiguous")
         loss, accuracy = x.new_empty(members), x.new_empty(members)
@@ -79,7 +80,7 @@ class Kernel:
     ) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy ``[M]`` on all of ``x`` ``[n, in]``, ``y`` ``[n]``; otherwise as :meth:`step`."""
         x, y = x.contiguous(), y.contiguous()
-        members, held = len(weights[0]), Rows([*weights, *biases])
+        members, held = len(weights[0]), self._held.rows([*weights, *biases])
         loss, accuracy = (torch.empty(members, dtype=torch.float64) for _ in range(2))
         widths, scratch = self._room(EVALUATED_AT_ONCE, x, weights)
         self._evaluate(

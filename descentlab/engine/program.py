@@ -14,6 +14,7 @@ from ..core.protocols import Planned
 
 Route = Literal["vmap", "member"]
 MEMBERS_PER_BLOCK: dict[Route, int] = {"vmap": 250, "member": 5}
+ONE_BY_ONE = 500  # the same where compiled code takes one member after the other, so that no cache has to hold them all
 
 
 SMALL_CONVOLUTION = 1024  # output elements per sample up to which a grouped convolution beats a loop of single ones

@@ -19,7 +19,7 @@ def weights_file(step: int, state: State, slots: Sequence[Slot]) -> tuple[str, d
     rows = flattened(state.params, ())
     member = np.repeat(np.arange(len(slots)), [len(slot.runs) for slot in slots])
     names = np.array([run.id for slot in slots for run in slot.runs])
-    return f"{PREFIX}{step:010d}.npz", {"step": np.int64(step), "runs": names, "weights": rows[member]}
+    return f"{PREFIX}{step:010d}.npz", {"step": np.array(step), "runs": names, "weights": rows[member]}
 
 
 def due(step: int, every: int, slots: Sequence[Slot]) -> bool:

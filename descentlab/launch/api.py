@@ -20,7 +20,7 @@ from ..core.errors import StudyError, UserError
 from ..store import RunDirectory, status
 from ..store import load as load_results
 from ..store.directory import LOCK_WAIT_S, MARKER
-from ..store.provenance import record
+from ..store.provenance import gather, record
 from ..workloads.datasets.specs import Downloaded
 from . import tuning
 from .execute import execute, pending, worker
@@ -73,16 +73,18 @@ def run(
     document = dump(resolved.document)
     with _stop_on_signals() as stop:
         size = _processes(resolved) if launcher == "pool" else 0
-        with Pool(size) if size else nullcontext() as pool:
+        with Pool(size) if size else nullcontext() as pool, _importing(resolved if with_report else None) as imported:
+            found = gather(sys.argv)  # while the workers import torch
             known = _planned(out)
             prepared = pool.prepare(document, out, overwrite) if pool else prepare(resolved, out, overwrite)
             with RunDirectory.join(out, resolved.study.name, document, overwrite=overwrite) as directory:
-                _write_plan(resolved, directory, prepared, None if overwrite else known)
+                _write_plan(resolved, directory, prepared, None if overwrite else known, found)
                 if choice is not None:
                     directory.replace_json(tuning.FILE, choice)
                 if launcher == "slurm":
                     return _submit(resolved, directory, profile or Profile())
                 outcomes = _execute(resolved, directory, pool, stop, missing_only)
+                imported.join()  # the report must not import matplotlib while another thread has it half imported
                 code = conclude(directory, outcomes, interrupted=stop.is_set())
                 if with_report and code != 130 and _any_finished(directory):
                     with directory.lock(REPORT_WAIT_S):
@@ -98,15 +100,18 @@ def _planned(out: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 
 
-def _write_plan(resolved: Resolved, directory: RunDirectory, prepared: dict[str, Any], known: str | None) -> None:
-    """Write plan and runs; plan again if another command has changed the plan since ``known`` was read."""
+def _write_plan(
+    resolved: Resolved, directory: RunDirectory, prepared: dict[str, Any], known: str | None, found: dict[str, Any]
+) -> None:
+    """Write plan, runs and provenance (``found``); plan again if another command has changed the plan since ``known``
+    was read."""
     with directory.lock(LOCK_WAIT_S):
         if _planned(directory.path) != known:
             prepared = prepare(resolved, directory.path, False)
         directory.replace_json("plan.json", prepared["plan"])
         directory.replace_jsonl("campaign.jsonl", prepared["campaign"])
         directory.replace_jsonl("resolved.jsonl", resolved_rows(resolved))
-        record(directory, sys.argv, prepared["device"], prepared["data_order"])
+        record(directory, sys.argv, prepared["device"], prepared["data_order"], found)
     for notice in prepared["notices"]:
         print(f"note: {notice}", file=sys.stderr)
 
@@ -164,22 +169,28 @@ def _execute(
     done = len(wanted) - len({r for b in left for r in b["runs"]} & wanted)
     if done:
         print(f"resuming: {done} of {len(wanted)} runs are done", file=sys.stderr)
-    warm_up = threading.Thread(target=_warm_up, args=(resolved,), daemon=True)
-    warm_up.start()
+    work = worker(directory, pool, stop.is_set)
+    if not missing_only:
+        return execute(directory, wanted, work, stop.is_set)
+    waiting = queued(directory)
+    if waiting:
+        print(f"{len(waiting)} blocks wait or run in Slurm jobs and are left to them", file=sys.stderr)
+    return execute(directory, wanted, work, stop.is_set, wait_s=0.0, skip=waiting)
+
+
+@contextmanager
+def _importing(resolved: Resolved | None) -> Iterator[threading.Thread]:
+    """Import what the report needs while the workers import torch and train; nothing without a report."""
+    thread = threading.Thread(target=lambda: _warm_up(resolved) if resolved is not None else None)
+    thread.start()
     try:
-        work = worker(directory, pool, stop.is_set)
-        if not missing_only:
-            return execute(directory, wanted, work, stop.is_set)
-        waiting = queued(directory)
-        if waiting:
-            print(f"{len(waiting)} blocks wait or run in Slurm jobs and are left to them", file=sys.stderr)
-        return execute(directory, wanted, work, stop.is_set, wait_s=0.0, skip=waiting)
+        yield thread
     finally:
-        warm_up.join()  # the report must not import matplotlib while another thread has it half imported
+        thread.join()
 
 
 def _warm_up(resolved: Resolved) -> None:
-    """Import what the report needs while the workers train; a failure shows when the report is written."""
+    """Import what the report needs; a failure shows when the report is written."""
     with suppress(ImportError):
         importlib.import_module(resolved.study.report.partition(":")[0])
         for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2"):

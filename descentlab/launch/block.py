@@ -170,8 +170,9 @@ def _stage(
     module, _, name = plan["spec"].partition(":")
     cell = getattr(importlib.import_module(module), name).model_validate(entry["settings"])
     program = importlib.import_module(plan["program"])
+    what = f"stage {entry['stage']} with {len(entry['runs'])} runs"
     try:
-        with naming_the_knob(f"stage {entry['stage']} with {len(entry['runs'])} runs"), as_planned(plan, cell.dtype):
+        with naming_the_knob(what), as_planned(plan, cell.dtype), settled(cell.deterministic):
             return run_stage(program, cell, entry, directory, writer, claim, tick, stop)
     except Exception as error:
         with suppress(StudyError):

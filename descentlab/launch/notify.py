@@ -10,7 +10,7 @@ import time
 import urllib.request
 
 from ..store import RunDirectory, status
-from ..store.directory import TOLD
+from ..store.directory import LOCK_WAIT_S, TOLD
 
 PAUSE_S = 60.0  # per directory at most one message in this time, so that a cluster's jobs do not flood anybody
 ANSWER_S = 30.0
@@ -39,9 +39,10 @@ def tell(directory: RunDirectory) -> None:
 
 def _due(directory: RunDirectory) -> bool:
     stamp = directory.path / TOLD
-    if stamp.exists() and time.time() - stamp.stat().st_mtime < PAUSE_S:
-        return False
-    stamp.touch()
+    with directory.lock(LOCK_WAIT_S):  # two jobs may end together
+        if stamp.exists() and time.time() - stamp.stat().st_mtime < PAUSE_S:
+            return False
+        stamp.touch()
     return True
 
 

@@ -17,7 +17,7 @@ from ..core.errors import StudyError, UserError
 from ..core.opmode import Site as OpSite
 from ..core.protocols import Planned
 from ..core.stage import Stage, stage_keys
-from ..engine.program import BlockPlan, Prefix, RunPlan
+from ..engine.program import ONE_BY_ONE, BlockPlan, Prefix, RunPlan
 from ..engine.support import ROOMS, refusal
 from .arms import check_arm
 from .build import Site, plan_fault, survey
@@ -106,7 +106,8 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
         text = ensemble_text(first, site.route)
         if text not in ensembles:
             share = bool(getattr(first, "share_prefix", True))
-            asked = 1 if program.engine(first) == "process" else members_of(first)  # a server has one run
+            asked = members_of(first) or (ONE_BY_ONE if site.alone else 0)
+            asked = 1 if program.engine(first) == "process" else asked  # a server has one run
             most, memory = members_at_most(site.route, asked, site.bytes_per_member, site.free_bytes)
             ensembles[text] = Ensemble(
                 site.route, program.engine(first), share, most, site.alone, memory, site.inferred

@@ -2,7 +2,8 @@
 
 One JSON object per line. In: ``{"study": YAML text, "out": DIR, "overwrite": bool, "warm_up": bool}`` (plan it, or
 load its data alone), ``{"path": DIR, "block": key}`` or ``{"stop": true}``; end of input also stops it, so a worker
-never outlives the process that started it. Out: ``{"steps": n}`` (at most five times a second), ``{"outcome", "message"}``. User prints go to a log.
+never outlives the process that started it. Out: ``{"steps": n}`` (at most five times a second), ``{"outcome",
+"message"}``. User prints go to a log.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def largest(matrix: Operator, k: int, *, capacity: int, products: int, tolerance
             restarted = held == capacity
             if restarted:
                 held = _restart(basis, small, values, beta * inner[-1], inner, k)
-            look = held + max(2, (held if not restarted else capacity - held) // 4)  # the small problem costs, too
+            look = held + max(2, (held if not restarted else capacity - held) // 8)  # the small problem costs, too
         vector = rest / beta if beta else fresh(basis[:held], generator)
         if not restarted and held < capacity:
             small[held, held - 1] = small[held - 1, held] = beta

@@ -329,7 +329,7 @@ def _places(layer: Layer, at: Mapping[str, slice], inputs: int) -> list[_Place]:
         (layer.weight, _Place(slice(0), slice(0, own), own)),
         (layer.bias, _Place(slice(0), slice(own, inputs), 1)),
     ]
-    return [place._replace(at=at[name]) for name, place in found if name in at]
+    return [place._replace(at=at[name]) for name, place in found if name is not None and name in at]
 
 
 def _unfold(pairs: Tensor, target: Tensor, outputs: int, inputs: int, rows: slice, columns: slice) -> None:

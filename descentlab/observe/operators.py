@@ -52,8 +52,8 @@ def operator(
     params = [p for name, p in twin.named_parameters() if name in names]
     batches = batches_of(data)
     if len(batches) == 1:
-        return made(twin, params, loss, batches[0])  # type: ignore[arg-type]
-    return Batches(lambda batch: made(twin, params, loss, batch), batches)  # type: ignore[arg-type]
+        return made(twin, params, loss, batches[0])
+    return Batches(lambda batch: made(twin, params, loss, batch), batches)
 
 
 def batches_of(data: Data) -> list[tuple[Any, Any]]:

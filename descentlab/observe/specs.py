@@ -53,7 +53,7 @@ PER_STEP = {
     "bn_var_max": "largest running variance of any BatchNorm layer after the update; null without BatchNorm",
     "nonfinite_grads": "number of NaN or infinite elements of the gradient",
     "nonfinite_params": "number of NaN or infinite weights after the update",
-    "staleness": "updates since the contributing workers read the weights, in the mean; on a virtual clock only",
+    "staleness": "updates since the contributing workers read the weights, in the mean; with workers only",
     "weight_gap": "norm of the weights before the update minus those that were read, in the mean; likewise",
     "worker": "the contributing worker, -1 where there are several; likewise",
 }
@@ -62,6 +62,10 @@ EXTRA = {
     "corruption": (
         "descentlab.observe.corruption:Corruption",
         "share of each weight and gradient that is not finite or beyond 1e6, columns corrupt_weights/NAME and so on",
+    ),
+    "weight_norm": (
+        "descentlab.observe.training:WeightNorm",
+        "Euclidean norm of all weights after the update",
     ),
     "per_class_accuracy": (
         "descentlab.observe.training:PerClassAccuracy",

@@ -73,6 +73,15 @@ class TestSet:
         return {"test_loss": loss, "test_accuracy": accuracy}
 
 
+class WeightNorm:
+    """Euclidean norm of all weights after the update."""
+
+    name, needs = "weight_norm", frozenset[str]()
+
+    def measure(self, m: Measured) -> dict[str, Tensor]:
+        return {"weight_norm": member_norms(m.state.params)[0]}
+
+
 class PerClassAccuracy:
     """Accuracy on the test samples of each class, at the weights after the update; NaN for a class without samples."""
 

@@ -21,7 +21,7 @@ def write(surface: Any, folder: str | Path, title: str = "Loss landscape") -> Pa
     :class:`descentlab.observe.landscape.Surface`; gives the page's path."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    np.savez(target / "landscape.npz", **arrays(surface))
+    np.savez(target / "landscape.npz", **arrays(surface))  # type: ignore[arg-type]
     picture(surface, title).savefig(target / "landscape.png", dpi=150)
     page = target / "landscape.html"
     page.write_text(document(surface, title), encoding="utf-8")

@@ -42,10 +42,17 @@ def gather(command: Sequence[str] | None = None, device: str = "", data_order: s
 
 
 def record(
-    directory: RunDirectory, command: Sequence[str] | None = None, device: str = "", data_order: str = ""
+    directory: RunDirectory,
+    command: Sequence[str] | None = None,
+    device: str = "",
+    data_order: str = "",
+    found: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write provenance.json; when the directory is taken up again, add a session and warn about changed versions."""
-    now = gather(command, device, data_order)
+    """Write provenance.json; when the directory is taken up again, add a session and warn about changed versions.
+
+    ``found``: what :func:`gather` gave already.
+    """
+    now = {**(found or gather(command)), "device": device, "data_order": data_order, "threads": _threads()}
     first = directory.read_json(NAME)
     if not first:
         directory.replace_json(NAME, now)

@@ -86,7 +86,7 @@ def tail_index(samples: np.ndarray, level: float = 0.95) -> Interval:
     """
     slope, error, _ = _regression(samples)
     half = stats.norm.ppf((1 + level) / 2) * error
-    return Interval(*(np.float64(min(v, 2.0)) for v in (slope, slope - half, slope + half)))
+    return Interval(*np.minimum([slope, slope - half, slope + half], 2.0))
 
 
 def stable_misfit(samples: np.ndarray) -> float:

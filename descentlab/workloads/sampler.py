@@ -21,7 +21,9 @@ class Shuffled:
     def __init__(self, n: int, batch_size: int, streams: Streams, *, shared: bool = False) -> None:
         self.n, self.batch_size, self.streams, self.shared = n, batch_size, streams, shared
         self.steps_per_epoch = n // batch_size
-        self._cache: dict[tuple[int, int, int], np.ndarray] = {}  # (replicate, worker, epoch) -> int32 [n]
+        self._bank = np.empty((0, n), dtype=np.int32)  # permutations
+        self._rows: dict[tuple[int, ...], int] = {}  # (replicate, worker, epoch) -> its row of the bank
+        self._free: list[int] = []  # rows that hold nothing
         self._who = np.empty((0, 3), dtype=np.int64)  # replicate, worker, epoch of each member of the last call
         self._orders: np.ndarray | None = None  # their permutations [M, n], once the same members have come twice
 
@@ -34,32 +36,38 @@ class Shuffled:
         again = np.array_equal(who, self._who)
         if not again:
             self._who, self._orders = who, None
-            self._draw(who)
         elif self._orders is None:
-            self._draw(who)
-            self._orders = np.stack([self._cache[key] for key in map(tuple, who.tolist())])
+            self._orders = self._bank[self._draw(who)]
         if self._orders is not None:
             if (batch == batch[0]).all():  # the usual case: all members at the same place
                 first = int(batch[0]) * self.batch_size
                 return self._orders[:, first : first + self.batch_size].astype(np.int64)
             columns = (batch * self.batch_size)[:, None] + np.arange(self.batch_size)
             return np.take_along_axis(self._orders, columns, axis=1).astype(np.int64)
-        out = np.empty((len(replicates), self.batch_size), dtype=np.int64)
-        for m, (key, b) in enumerate(zip(map(tuple, who.tolist()), batch.tolist(), strict=True)):
-            out[m] = self._cache[key][b * self.batch_size : (b + 1) * self.batch_size]
-        return out
+        columns = (batch * self.batch_size)[:, None] + np.arange(self.batch_size)
+        rows = self._draw(who)  # may move the bank
+        return self._bank[rows[:, None], columns].astype(np.int64)
 
-    def _draw(self, who: np.ndarray) -> None:
-        """Hold the order of every (replicate, worker, epoch); those that are missing are drawn together, and other
-        epochs of the same replicates and workers are dropped."""
-        asked = set(map(tuple, who.tolist()))
-        missing = sorted(asked - self._cache.keys())
+    def _draw(self, who: np.ndarray) -> np.ndarray:
+        """The rows of the bank that hold the order of every (replicate, worker, epoch), int64 ``[M]``; those that are
+        missing are drawn together, and other epochs of the same replicates and workers make room."""
+        keys = list(map(tuple, who.tolist()))
+        missing = sorted({key for key in keys if key not in self._rows})
         if missing:
             replicate, worker, step = np.array(missing).T
             orders = self.streams.permutation("order", self.n, replicate=replicate, worker=worker, step=step)
-            pairs = {(r, w) for r, w, _ in missing}
-            self._cache = {k: v for k, v in self._cache.items() if k[:2] not in pairs or k in asked}
-            self._cache.update(zip(missing, orders.astype(np.int32), strict=True))
+            pairs, asked = {key[:2] for key in missing}, set(keys)
+            for old in [key for key in self._rows if key[:2] in pairs and key not in asked]:
+                self._free.append(self._rows.pop(old))
+            if (more := len(missing) - len(self._free)) > 0:
+                size = len(self._bank)
+                more = max(more, size)
+                self._bank = np.concatenate([self._bank, np.empty((more, self.n), dtype=np.int32)])
+                self._free += range(size, size + more)
+            for key, order in zip(missing, orders, strict=True):
+                self._rows[key] = self._free.pop()
+                self._bank[self._rows[key]] = order
+        return np.array([self._rows[key] for key in keys], dtype=np.int64)
 
 
 class WithReplacement:

@@ -146,7 +146,7 @@ def _from_settings(cells: Sequence[Cell]) -> list[FigureBlock]:
     kinds: dict[tuple[str, str], Cell] = {}
     deals: dict[tuple[str, int], Cell] = {}
     for cell in cells:
-        if cell.alone or cell.settings["engine"] != "virtual":
+        if cell.alone or cell.settings["engine"]["name"] != "virtual":
             continue
         kinds.setdefault((cell.factors["timeline"], cell.factors["delay"]), cell)
         deals.setdefault((cell.factors["partition"], int(cell.settings["workers"])), cell)

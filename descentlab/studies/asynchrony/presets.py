@@ -164,7 +164,7 @@ def recommended() -> dict[str, Settings]:
     return out
 
 
-CLAIMS: Settings = {  # what of the published claims holds at equal numbers of server updates; docs/findings/asynchrony.md
+CLAIMS: Settings = {  # what of the published claims holds at equal numbers of updates: docs/findings/asynchrony.md
     **{k: v for k, v in PUBLISHED.items() if k != "epochs"},
     "dataset": "mnist5k",
     "steps": 720,

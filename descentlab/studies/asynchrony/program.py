@@ -26,7 +26,7 @@ MOST_UPDATES = 10**6  # that a budget of virtual time may come to
 
 def engine(cell: AsynchronySpec) -> str:
     """As the settings say."""
-    return cell.engine
+    return cell.engine.name
 
 
 def horizon(cell: AsynchronySpec, planned: Sequence[Planned]) -> tuple[int, int]:

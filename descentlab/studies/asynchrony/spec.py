@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -20,6 +20,7 @@ from ...comm.specs import CompressorChoice, NoCompression
 from ...config.tree import StudyDef, StudySpec
 from ...core.errors import UserError
 from ...core.specs import extent
+from ...engine.specs import EngineChoice, VirtualEngine
 from ...optim.specs import Optimizer, Sgd
 from ...workloads.partition_specs import PartitionChoice, SharedPartition
 from ..training.spec import Part, Splits
@@ -33,7 +34,7 @@ class AsynchronySpec(StudySpec):
     """W workers and a server on a virtual clock, or as real processes."""
 
     study: str = "asynchrony"
-    engine: Literal["virtual", "process"] = Field("virtual", description="a virtual clock, or real processes")
+    engine: EngineChoice = VirtualEngine()
     workers: PositiveInt = Field(5, description="workers beside the server; 1 = the single-process baseline")
     timeline: TimelineChoice = Asynchronous()
     delay: DelayChoice = GaussianDelayLaw()
@@ -53,6 +54,13 @@ class AsynchronySpec(StudySpec):
     batch_size: PositiveInt = 32
     splits: Splits = Splits()
     evaluate_on: list[Part] = Field(["train", "validation", "test"], description="sets to evaluate on, test among them")
+
+    def identity(self) -> dict[str, Any]:
+        """As for every block; ``engine`` is left out at its default."""
+        out = super().identity()
+        if self.engine == VirtualEngine():
+            del out["engine"]
+        return out
 
     @property
     def seeds(self) -> range:
@@ -77,6 +85,8 @@ def check(cell: AsynchronySpec) -> None:
         expected = f"only one of {', '.join(BUDGETS)}; {given[0]} is given"
         raise UserError(given[1], getattr(cell, given[1]), expected)
     _check_timeline(cell)
+    if cell.engine.name == "process":
+        _check_process(cell)
     if cell.partition.name != "shared" and cell.sampler.name != "shuffle":
         raise UserError("partition", cell.partition.name, f"shared beside sampler = {cell.sampler.name}")
     if cell.local_steps > 1 and cell.local_lr is None:
@@ -99,6 +109,17 @@ def _check_timeline(cell: AsynchronySpec) -> None:
         raise UserError("timeline.backup", backup, f"fewer than workers = {cell.workers}")
     if splits > cell.workers:
         raise UserError("timeline.splits", splits, f"at most workers = {cell.workers}")
+
+
+def _check_process(cell: AsynchronySpec) -> None:
+    """What only a virtual clock has."""
+    links = [key for key in ("latency_s", "bytes_per_s", "shared_link", "message_bytes") if getattr(cell.cost, key)]
+    if links:
+        raise UserError(f"cost.{links[0]}", getattr(cell.cost, links[0]), "nothing: real processes have a real link")
+    if cell.time_s is not None:
+        raise UserError("time_s", cell.time_s, "steps, samples or epochs: how long real processes take is found out")
+    if cell.worker_momentum:
+        raise UserError("worker_momentum", cell.worker_momentum, "0: a worker process keeps no velocity")
 
 
 STUDY = StudyDef(

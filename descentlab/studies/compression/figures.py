@@ -55,7 +55,7 @@ def _path(ax: Axes, method: str, look: Look, x: np.ndarray, y: np.ndarray, end: 
 
 
 def ranks(
-    rank: Mapping[str, Curve], change: Mapping[str, Curve], norm: Mapping[str, Curve], threshold: float
+    rank: Mapping[str, Curve], change: Mapping[str, Curve], norm: Mapping[str, Curve], threshold: float | None
 ) -> Figure:
     """Mean rank per epoch, and how much the gradient changed: what the policy saw, or the epoch means of the norm."""
     look = looks(list(rank))
@@ -71,10 +71,10 @@ def ranks(
         shown = change or {m: (e[1:], _relative(v)) for m, (e, v) in norm.items() if m in rank and len(v) > 1}
         for method, (epoch, value) in shown.items():
             axes[1].plot(epoch, value, color=look[method].colour, linestyle=look[method].line, label=method)
-        if change:
+        if change and threshold is not None:
             axes[1].axhline(threshold, color="black", linewidth=0.7, linestyle=":")
             axes[1].text(1.0, threshold, "threshold ", transform=axes[1].get_yaxis_transform(), ha="right", va="bottom")
-        axes[1].set_ylabel("relative change of the gradient's norm")
+        axes[1].set_ylabel("relative change")
         panel_title(axes[1], 1, "gradient change, as the policy saw it" if change else "gradient change between epochs")
         for ax in axes:
             ax.set_xlabel("epoch")

@@ -73,7 +73,10 @@ def _parts(rows: pl.DataFrame, compute_s: float) -> dict[str, float]:
     """Seconds of an update by part: measured by real processes (means over updates), else those of the clock."""
     if "collective_s" in rows.columns and rows["collective_s"].null_count() < rows.height:
         later = rows.slice(min(5, rows.height - 1))  # the first updates allocate
-        return {name: float(later[name].mean()) for name in PARTS}  # type: ignore[arg-type]
+        means = {name: float(later[name].mean()) for name in (*PARTS, "exposed_s")}  # type: ignore[arg-type]
+        busy = sum(means[name] for name in PARTS) - means["compute_s"]
+        shown = min(1.0, means["exposed_s"] / busy) if busy else 0.0  # the rest is hidden behind the backward pass
+        return {name: means[name] * (1.0 if name == "compute_s" else shown) for name in PARTS}
     sending = float(rows["link_s"][-1]) / rows.height if "link_s" in rows.columns else 0.0
     return {"compute_s": compute_s, "compress_s": 0.0, "collective_s": sending, "decompress_s": 0.0}
 

@@ -200,10 +200,16 @@ def _rank_section(found: Found) -> list[Section]:
     return [Section("Rank", [FigureBlock("ranks", figure, caption, "Rank and gradient change against epochs")])]
 
 
-def _threshold(found: Found) -> float:
-    values = [run["labels"].get("threshold") for run in found.results.runs]
-    known = [float(value) for value in values if value is not None]
-    return known[0] if known else 0.5
+def _threshold(found: Found) -> float | None:
+    """The change that Accordion takes for much, where all cells that have one agree on it."""
+    keys = ("compressor.policy.threshold", "compressor.policy.accordion.threshold")
+    frame = found.results.frame
+    values = {v for key in keys if key in frame.columns for v in frame[key].drop_nulls().unique().to_list()}
+    policy = found.results.spec.get("compressor", {})
+    policy = policy.get("policy", {}) if isinstance(policy, Mapping) else {}
+    if not values and "threshold" in policy:
+        values = {policy["threshold"]}
+    return float(values.pop()) if len(values) == 1 else None
 
 
 def _pays_section(found: Found) -> list[Section]:

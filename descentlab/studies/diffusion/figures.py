@@ -114,8 +114,9 @@ def merged_variance(blocks: Sequence[Arrays]) -> tuple[np.ndarray, np.ndarray]:
         return blocks[0]["steps"], squares / (whole - 1)
 
 
-def components(theta: np.ndarray, start: np.ndarray, path: np.ndarray | None) -> Figure:
-    """All pairs of the cloud's first four principal components, with theta* and the path of gradient descent."""
+def components(theta: np.ndarray, start: np.ndarray, path: np.ndarray | None, predicted: np.ndarray | None) -> Figure:
+    """All pairs of the cloud's first four principal components, with theta*, the path of gradient descent, and the
+    ellipse that should hold 95 % of the runs if ``predicted`` ``[D, D]`` is right."""
     apart = theta - theta.mean(0)
     _, scales, axes_of = np.linalg.svd(apart, full_matrices=False)
     count = min(4, len(axes_of))
@@ -129,14 +130,25 @@ def components(theta: np.ndarray, start: np.ndarray, path: np.ndarray | None) ->
         for i, (a, b) in enumerate(pairs):
             ax: Axes = axes[i]
             ax.plot(points[:, a], points[:, b], ".", color=COLOURS[0], markersize=2, alpha=0.5, label="a run's end")
+            if predicted is not None:
+                edge = _ellipse(basis[:, [a, b]].T @ predicted @ basis[:, [a, b]])
+                centre = (theta - start).mean(0) @ basis[:, [a, b]]
+                ax.plot(centre[0] + edge[0], centre[1] + edge[1], color="black", linewidth=1, label="95 %, predicted")
             if line is not None:
                 ax.plot(line[:, a], line[:, b], color=COLOURS[1], linewidth=1.2, label="gradient descent")
             ax.plot(0, 0, "*", color="black", markersize=7, label=r"$\theta^*$")
             ax.set_xlabel(f"component {a + 1} ({100 * share[a]:.1f} %)")
             ax.set_ylabel(f"component {b + 1} ({100 * share[b]:.1f} %)")
             panel_title(ax, i, "")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _ellipse(covariance: np.ndarray) -> np.ndarray:
+    """The edge ``[2, 200]`` of the region that holds 95 % of a centred Gaussian with this ``[2, 2]`` covariance."""
+    values, vectors = np.linalg.eigh(covariance)
+    angle = np.linspace(0, 2 * np.pi, 200)
+    return vectors @ (np.sqrt(5.991 * values.clip(min=0))[:, None] * np.stack([np.cos(angle), np.sin(angle)]))
 
 
 def fans(score: Arrays, blocks: Sequence[Arrays], control: Arrays | None, count: int = 6) -> Figure:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.footprint import footprint
 from ...core.tree import Tree
 from ...observe.curvature import hessian, top_k
+from ...observe.layered import recognise
 from ...observe.spectrum import spectral_density
 from .spec import HessianRun
 
-CHUNK = 8192  # samples whose graph is held at once by the general route
+ELEMENTS = 2**27  # numbers kept for the rows of a Hessian at once by the general route: 1 GB
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -27,12 +29,16 @@ def set_weights(module: nn.Module, theta: np.ndarray) -> None:
 
 
 def dense_hessian(module: nn.Module, loss: Loss, data: tuple[Tensor, Tensor]) -> np.ndarray:
-    """The Hessian ``[D, D]`` of the mean loss over ``data``, float64; more samples than a chunk are taken in parts."""
+    """The Hessian ``[D, D]`` of the mean loss over ``data``, float64, of a model whose samples do not mix.
+
+    A plain network takes all samples at once; any other so many that what is kept for all rows fits into memory.
+    """
     x, y = data
-    if len(x) <= CHUNK:
+    if recognise(module) is not None:
         return hessian(module, loss, (x, y)).numpy(force=True)
-    starts = range(0, len(x), CHUNK)
-    parts = [(x[i : i + CHUNK], y[i : i + CHUNK]) for i in starts]
+    rows = sum(p.numel() for p in module.parameters())
+    at_once = max(1, ELEMENTS // (rows * max(1, footprint(module, x).kept)))
+    parts = [(x[i : i + at_once], y[i : i + at_once]) for i in range(0, len(x), at_once)]
     return hessian(module, loss, parts).numpy(force=True)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from ...report.figures import COLOURS, DOUBLE, GREY, SINGLE, looks, new_figure, panel_title, styled
+from ...report.figures import COLOURS, DOUBLE, GREY, SINGLE, looks, new_figure, panel_title, plain_log_ticks, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +32,7 @@ def stitched(sgd: pl.DataFrame, gd: pl.DataFrame, clouds: Mapping[str, pl.DataFr
             panel_title(ax, 0 if name == "SGD" else 1, name)
             ax.set_xlabel("step")
         axes[0].set_yscale("log")
+        plain_log_ticks(axes[0])
         axes[0].set_ylabel("loss (nats)")
         axes[0].legend()
         for name, rows in clouds.items():
@@ -138,6 +139,7 @@ def across_rates(rates: np.ndarray, traces: np.ndarray, predicted: np.ndarray, a
         first.set_ylabel("trace of the cloud's covariance")
         first.set_xticks(rates, [f"{rate:g}" for rate in rates])
         first.minorticks_off()
+        plain_log_ticks(first)
         first.legend()
         for name, found in along.items():
             mean, mark = found["mean_eigenvalues"][::-1], look[name]

@@ -184,7 +184,12 @@ def _shape(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Mapping
             f"Ends of {min(n, figures.POINTS)} of {n} runs, {chosen.name}, in the cloud's own principal components."
         )
         blocks.append(
-            FigureBlock("components", figures.components(ends, at, path), caption, "Scatter of component pairs")
+            FigureBlock(
+                "components",
+                figures.components(ends, at, path, score_of.get("Vhat")),
+                caption,
+                "Scatter of component pairs",
+            )
         )
     caption = f"{n} runs, {chosen.name}, along single modes: bands hold half and 95 % of the runs."
     blocks.append(

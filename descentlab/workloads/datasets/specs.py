@@ -289,6 +289,28 @@ class Covtype(_PublishedSparse):
     name: Literal["covtype"] = "covtype"
 
 
+class HuggingFace(Option):
+    """Labelled images or text of the Hugging Face hub, or saved by its library; needs the hf extra."""
+
+    name: Literal["hf"] = "hf"
+    path: str = Field("ylecun/mnist", description="a name on the hub, or a folder that save_to_disk has made")
+    config: str | None = Field(None, description="the dataset's configuration, where it has several")
+    kind: Literal["image", "text"] = Field("image", description="classes of images, or the next character of a text")
+    input: str = Field("image", description="column of images or texts")
+    label: str = Field("label", description="column of classes")
+    train: str = Field("train", description="split to train on")
+    validation: str | None = Field(None, description="split to validate on; null = none")
+    test: str = Field("test", description="split to test on")
+    symbols: PositiveInt = Field(256, description="of text: the most frequent characters that are told apart")
+    block: PositiveInt = Field(64, description="of text: characters of a window")
+
+    def build(self) -> Any:
+        from .hugging_face import load
+
+        parts, keys = (self.train, self.validation, self.test), (self.input, self.label)
+        return load(self.path, self.config, self.kind, parts, keys, (self.symbols, self.block))
+
+
 class ExternalDataset(External):
     """A function given as ``module:function``; called with ``options``, it returns a ``workloads.base.Data``."""
 
@@ -326,5 +348,6 @@ DATASETS = Registry(
     Libsvm,
     A9a,
     Covtype,
+    HuggingFace,
     external=ExternalDataset,
 )

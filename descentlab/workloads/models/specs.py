@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from ...core.errors import UserError
 from ...core.specs import External, Option, Registry
 from .tiny_specs import Vgg11, Vgg13, Vgg16, Vgg19, WideResNet
-from .vision_specs import DenseNet121, EfficientNetB0, NfResNet26, Timm
+from .vision_specs import Clip, DenseNet121, EfficientNetB0, NfResNet26, Timm
 
 Activation = Literal["silu", "relu", "tanh", "gelu"]
 
@@ -245,5 +245,6 @@ MODELS = Registry(
     DenseNet121,
     NfResNet26,
     Timm,
+    Clip,
     external=ExternalModel,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ...core.specs import Option
 
@@ -52,3 +52,19 @@ class NfResNet26(_Published):
     """Normaliser-free ResNet-26 of timm; needs the vision extra; 13,966,666 parameters on cifar10."""
 
     name: Literal["nf_resnet26"] = "nf_resnet26"
+
+
+class Clip(Option):
+    """CLIP's image tower of open_clip, a linear head, zero-shot where classes have names; needs the vision extra."""
+
+    name: Literal["clip"] = "clip"
+    architecture: str = Field("ViT-B-32", description="a name from open_clip.list_models()")
+    pretrained: str | None = Field("openai", description="open_clip's name of the weights; downloaded; null = random")
+    class_names: list[str] = Field([], description="of the classes in their order: the head is zero-shot")
+    template: str = Field("a photo of a {}.", pattern=r"^[^{}]*\{\}[^{}]*$", description="text of a class, {} its name")
+    side: PositiveInt = Field(224, description="of the square that images are resized to (bicubic)")
+
+    def build(self) -> Any:
+        from .clip_models import factory
+
+        return factory(self.architecture, self.pretrained, self.class_names, self.template, self.side)

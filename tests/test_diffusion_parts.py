@@ -1,0 +1,146 @@
+"""Pieces of the diffusion study and its theory against numbers that do not come from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from descentlab.studies.diffusion.directions import chosen_directions, group_variances, look_times, snapshot_times
+from descentlab.studies.diffusion.program_cloud import Looks
+from descentlab.studies.diffusion.score import bridge, score
+from descentlab.theory import diffusion
+from descentlab.theory.closure import Averages, gaussian_closure
+from descentlab.theory.orbit import period_two
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.mark.parametrize(("rate", "ends_in_orbit"), [(2.0, True), (1.99, False), (0.5, False)])
+def test_the_detector_on_a_quadratic(rate: float, ends_in_orbit: bool) -> None:
+    """Breaks when an orbit of period two is not seen at lr lambda = 2, or is seen in a descent that converges: there
+    the last steps have become rounding, or go on."""
+    curvature, theta = np.array([rate, 0.3]), np.array([1.0, 1.0])
+    path = [theta]
+    for _ in range(20_000):
+        theta = theta - curvature * theta
+        path.append(theta)
+    found = period_two(np.stack(path))
+    assert found.period_two is ends_in_orbit
+    if ends_in_orbit:
+        assert found.ratio == pytest.approx(0.0, abs=1e-12) and found.step == pytest.approx(2.0)
+
+
+def test_the_closure_is_exact_for_quadratic_samples() -> None:
+    """Every sample has its own Hessian: then the averages are known and the recursion of all second moments is linear.
+    Breaks with a wrong sign or age of the mean, or averages taken at the wrong time."""
+    n, d, lr, batch, steps = 6, 3, 0.2, 2, 40
+    half = RNG.normal(size=(n, d, d)) * 0.3
+    hessians = np.eye(d) * 0.5 + (half + half.transpose(0, 2, 1)) / 2
+    gradients = RNG.normal(size=(n, d)) * 0.1
+    hessian, gradient = hessians.mean(0), gradients.mean(0)
+
+    def average(mean: np.ndarray, covariance: np.ndarray) -> Averages:
+        spread = hessians - hessian
+        kick = spread @ mean + gradients - gradient
+        noise = (np.einsum("nij,jk,nlk->il", spread, covariance, spread) + kick.T @ kick) / n
+        return Averages(gradient + hessian @ mean, hessian, noise)
+
+    mean, covariance = diffusion.multiplicative_covariance(hessians, gradients, lr, steps, batch_size=batch)
+    errors = []
+    for intervals in (2, 4, 40):
+        *_, (t, m, v) = gaussian_closure(average, d, lr, [7, steps], batch_size=batch, intervals=intervals)
+        assert t == steps and np.allclose(m, mean, atol=1e-12)
+        errors.append(np.abs(v / covariance - 1).max())
+    assert errors[2] < 1e-9 and errors[1] < errors[0] < 0.1
+    linear = diffusion.finite_time_covariance(hessian, np.cov(gradients.T, bias=True) / batch, lr, steps)
+    assert np.abs(linear / covariance - 1).max() > 2 * errors[0]  # what the closure is for
+
+
+def test_variances_along_eigenvectors_are_the_diagonal() -> None:
+    values, noise = np.array([1.3, 0.2, 0.0, -0.1]), np.array([0.5, 0.4, 0.3, 0.2])
+    h, c = np.diag(values), np.diag(noise)
+    a = diffusion.finite_time_covariance(h, c, 0.1, 33)
+    assert np.allclose(np.diag(a), diffusion.finite_time_variances(values, noise, 0.1, 33), rtol=1e-12)
+    sizes = {"batch_size": 4, "population": 23}
+    a = diffusion.bridge_covariance(h, c, 0.1, 33, **sizes)
+    assert np.allclose(np.diag(a), diffusion.bridge_variances(values, noise, 0.1, 33, **sizes), rtol=1e-12)
+    more = {"momentum": 0.7, "weight_decay": 0.05, "nesterov": True}
+    a = diffusion.momentum_covariance(h, c, 0.1, 33, **more)
+    assert np.allclose(np.diag(a), diffusion.momentum_variances(values, noise, 0.1, 33, **more), rtol=1e-12)
+
+
+def drawn(n: int, truth: np.ndarray, prediction: np.ndarray, vectors: np.ndarray) -> dict[str, np.ndarray]:
+    x = RNG.multivariate_normal(np.zeros(len(truth)), truth, n, method="eigh")
+    groups = group_variances(x @ vectors)
+    return {
+        "V": np.cov(x.T),
+        "Vhat": prediction,
+        "eigenvectors": vectors,
+        "runs": np.array(n),
+        "group_variances": groups,
+    }
+
+
+def test_the_score_of_a_right_and_of_wrong_predictions() -> None:
+    """Breaks when a flat direction is scored, when a prediction that is off by 20 % passes, or when directions that
+    are right one by one and wrong together pass the band."""
+    d, n = 40, 400
+    vectors = np.linalg.qr(RNG.normal(size=(d, d)))[0]
+    scales = np.append(np.geomspace(1e-4, 1, d - 2), [0.0, 0.0])
+    truth = vectors * scales @ vectors.T
+    right = score(drawn(n, truth, truth, vectors))
+    assert right is not None and right.live.sum() == d - 2 and right.flat_largest < 1e-12
+    assert right.relative_error < 1.3 * right.floor and right.inside > 0.85 and right.outside < 0.06
+    off = score(drawn(n, truth, 1.2 * truth, vectors))
+    assert off is not None and off.relative_error > 1.8 * off.floor and off.inside < 0.7
+    turned = truth.copy()
+    turned += (
+        0.6
+        * np.sqrt(scales[20] * scales[21])
+        * (np.outer(vectors[:, 20], vectors[:, 21]) + np.outer(vectors[:, 21], vectors[:, 20]))
+    )
+    together = score(drawn(n, turned, truth, vectors))
+    assert together is not None and together.inside > 0.85
+    assert together.spectrum.max() > right.spectrum.max()
+
+
+def test_the_bridge_s_ratio_is_half_and_has_an_interval() -> None:
+    d, n, epoch = 30, 500, 10
+    values, vectors, lr = np.full(d, 1e-5), np.eye(d), 0.01
+    half = np.eye(d) * 0.5
+    held = drawn(n, half, half, vectors)
+    ended = {f"{k}_{epoch // 2}": held[k] for k in ("V", "Vhat", "runs", "group_variances")}
+    times = {"times": np.array([5, 11]), "independent_variances": np.ones((2, d)), "eigenvalues": values}
+    found = bridge({**ended, **times, "eigenvectors": vectors, "lr": np.array(lr), "steps_per_epoch": np.array(epoch)})
+    assert found is not None and found.expected == pytest.approx(0.5) and found.directions == d
+    low, high = found.ratio.low, found.ratio.high
+    assert low is not None and high is not None and low < 0.5 < high and high - low < 0.1
+
+
+def test_a_run_that_is_not_finite_is_out_and_the_others_are_untouched() -> None:
+    """Breaks when a NaN reaches a mean, or when the others' numbers depend on its being there."""
+    theta = RNG.normal(size=(5, 3))
+    vectors = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
+    broken = theta.copy()
+    broken[2] = np.nan
+    made = []
+    for rows in (np.delete(theta, 2, axis=0), broken):
+        looks = Looks([4, 9], [9], np.zeros(3), vectors, np.array([2, 0]), {})
+        looks.look(4, rows * 0, {})
+        looks.look(9, rows, {"b": torch.ones(len(rows), 2)})
+        made.append(looks)
+    alone, with_it = (one.arrays() for one in made)
+    assert np.array_equal(alone["mean"][1], with_it["mean"][1]) and np.array_equal(alone["m2"][1], with_it["m2"][1])
+    assert with_it["n"].tolist()[1] == 4 and made[1].lost(list("abcde")) == {"c": 4}
+    resumed = Looks([4, 9], [9], np.zeros(3), vectors, np.array([2, 0]), made[1].held()).arrays()
+    assert all(np.array_equal(resumed[k], with_it[k], equal_nan=True) for k in with_it)
+
+
+def test_moments_in_time_and_directions() -> None:
+    times = look_times(1111, 60, 60, [500])
+    assert {1, 30, 60, 500, 1111} <= set(times) and times == sorted(set(times)) and len(times) <= 63
+    assert look_times(4, 10, 60, []) == [1, 2, 3, 4] and snapshot_times(1111, 60, [7]) == [7, 30, 1111]
+    chosen = chosen_directions(np.arange(386.0), 12)
+    assert chosen[:4].tolist() == [385, 384, 383, 382] and chosen[-4:].tolist() == [3, 2, 1, 0] and len(chosen) == 12
+    assert chosen_directions(np.arange(3.0), 12).tolist() == [2, 1, 0]
