@@ -33,17 +33,17 @@ install_browser() {
         || printf 'installing chromium and chromium-driver failed\n'
 }
 
-# Without Slurm the tests of the Slurm launcher are skipped, which pytest's summary shows.
+# Without Slurm and rsync the tests of the Slurm launcher and of pull are skipped, which pytest's summary shows.
 install_slurm() {
-    if command -v slurmctld > /dev/null && command -v munged > /dev/null; then return; fi
+    if command -v slurmctld > /dev/null && command -v munged > /dev/null && command -v rsync > /dev/null; then return; fi
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get > /dev/null; then
-        printf 'slurm-wlm and munge are missing and cannot be installed here\n'
+        printf 'slurm-wlm, munge or rsync are missing and cannot be installed here\n'
         return
     fi
     phase "slurm"
     apt-get -qq update > /dev/null \
-        && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge > /dev/null \
-        || printf 'installing slurm-wlm and munge failed\n'
+        && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge rsync > /dev/null \
+        || printf 'installing slurm-wlm, munge and rsync failed\n'
 }
 
 # copy_tree FROM TO: what a commit of everything here would hold.

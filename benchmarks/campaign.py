@@ -36,7 +36,7 @@ FAULTS = (
 )
 REPLICATES = (6, 12, 24, 48)  # for the slope: 2 to 16 blocks
 FULL_LATE = ["cases=12", "fault.step=600", "recovery_steps=20"]  # two blocks with a shared prefix and without
-QUICK_LATE = ["cases=2", "fault.step=200", "recovery_steps=5", "processes=1"]
+QUICK_LATE = ["cases=4", "fault.step=600", "recovery_steps=10", "processes=1"]
 SHORT = ["model=mlp", "optimizer=adam", f"fault={FAULTS}", "fault.step=10", "recovery_steps=20"]
 
 

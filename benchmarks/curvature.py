@@ -186,7 +186,7 @@ def eigenthings_big(widths: tuple[int, ...], data: tuple[Tensor, Tensor]) -> tup
 
 def big(contestant: str, quick: bool) -> dict[str, object]:
     """One contestant on the large network, in this process: seconds, peak memory, the largest eigenvalues."""
-    widths, samples = (BIG_QUICK, 32) if quick else (BIG, 128)
+    widths, samples = BIG_QUICK if quick else BIG, 32
     data = batch(widths[0], samples)
     if there(contestant):
         importlib.import_module(contestant)

@@ -16,14 +16,14 @@ not). Ratios are time of the other over time of descentlab:
 - ``shared_prefix_vs_scratch``: ``training`` of six types of fault that hit at the same late step, with the fault-free
   prefix trained once for all and their twin, over the same with every run trained from its first step
   (``share_prefix=false``) and one twin. From scratch three of the types are trained, as many members side by side as
-  the six and their twin would be, and the time is scaled to all member-steps. Reports are not written. Both make two
-  blocks of many cases, or with ``--quick`` one of two cases: as many processes are busy in both.
+  the six and their twin would be, and the time is scaled to all member-steps. Reports are not written. Both keep two
+  processes busy, with ``--quick`` one.
 - ``default_prefix_vs_scratch``: the same for the default study, whose only fork is that of a run and its twin. It
   follows from counting steps; nothing is timed.
 
 Times of the loop are measured on a sample of cases spread over all and scaled to all updates (``loop_updates``).
-``--quick``: MLP-386 three times, the others once; the network and the shared prefix in smaller studies (``settings``);
-no reports, so no whole commands (null).
+``--quick``: once; the network and the shared prefix in smaller studies (``settings``); no reports, so no whole commands
+(null).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from alone import Baseline, command, from_scratch, member_steps, train
 from common import alternate, emit, median_ratio, spread
 
 FAULTS = "RD,N16_RD,RBFLIP,WT,INPUT,ZERO"
-FULL_LATE = ["cases=12", "fault.step=600", "recovery_steps=40"]
-QUICK_LATE = ["cases=4", "fault.step=150", "recovery_steps=10", "processes=1"]
+FULL_LATE = ["cases=24", "fault.step=600", "recovery_steps=40"]
+QUICK_LATE = ["cases=12", "fault.step=300", "recovery_steps=15", "processes=1"]
 SCRATCH = "RD,N16_RD,RBFLIP"  # six runs and one twin would be 7 members per case; three types and their twins are 6
 
 
@@ -81,9 +81,6 @@ def main() -> None:
                 turns[f"{study}_loop"] = lambda study=study: looped(study)
         ours.clear()
         measured = alternate(turns, 1 if quick else 5)
-        if quick:
-            again = alternate({name: turns[name] for name in ("mlp", "mlp_loop")}, 2)
-            measured |= {name: measured[name] + values for name, values in again.items()}
         ratios: dict[str, float | None] = {}
         for study in loops:
             ratios[f"vs_loop_{study}"] = median_ratio(measured[f"{study}_loop"], measured[study])

@@ -36,8 +36,13 @@ def beside_the_examples() -> Iterator[None]:
 
 def bad_foreign_command(arguments: list[str]) -> str | None:
     """Why ``descentlab compat PROGRAM …`` cannot work."""
+    from descentlab.cli import compat_workers
     from descentlab.cli.compat import PROGRAMS, native
 
+    if arguments and arguments[0] in compat_workers.PROGRAMS:
+        if "--help" not in arguments:
+            resolve("asynchrony", compat_workers.native(arguments[0], arguments[1:]).settings)
+        return None
     if arguments[:1] == [] or arguments[0] not in PROGRAMS:
         return f"compat knows {', '.join(PROGRAMS)}"
     if "--help" not in arguments:

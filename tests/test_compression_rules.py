@@ -276,9 +276,9 @@ def ranks_over(accordion: Accordion, norms: list[float], rates: list[float], per
 
 
 def test_accordion_follows_the_gradient() -> None:
-    """Looks every epoch: high until it has two norms; low while they are alike; high when one is half of the last."""
+    """Looks every epoch: high until it has two norms; low while they are alike; high when one falls by over half."""
     rule = AccordionRule(low=1, high=4, interval=1, warm_epochs=1)
-    assert ranks_over(Accordion(rule), [8, 8, 8, 8, 4, 4, 4], [0.1] * 7) == [4, 4, 1, 1, 1, 4, 1]
+    assert ranks_over(Accordion(rule), [8, 8, 8, 8, 3, 3, 3], [0.1] * 7) == [4, 4, 1, 1, 1, 4, 1]
 
 
 def test_accordion_waits_for_the_real_drop_of_the_rate() -> None:

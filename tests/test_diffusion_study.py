@@ -124,7 +124,7 @@ def test_the_score_can_be_recomputed_from_what_is_stored(done: Path) -> None:
         np.sqrt(np.mean((a[live] / b[live] - 1) ** 2)), rel=1e-9
     )
     assert summary["diffusion/lr=0.05/monte_carlo_floor"]["value"] == pytest.approx((2 / (RUNS - 1)) ** 0.5)
-    assert 0.7 < (a[live] / b[live]).mean() < 1.3 and live.sum() == 386 - 9  # 9: what a softmax does not see
+    assert 0.7 < (a[live] / b[live]).mean() < 1.3 and 300 < live.sum() <= 386 - 9  # 9: what a softmax does not see
 
 
 def test_validation_losses(done: Path) -> None:
@@ -282,5 +282,5 @@ def test_every_published_set_up_runs_to_its_report(name: str, tmp_path: Path, mo
         words.append("dataset.n=40")
     out = tmp_path / "out"
     assert api.run(resolve("diffusion", words), out, launcher="local") == 0
-    assert "theta* is" in (out / "report" / "report.md").read_text()
+    assert "diffusion/theta/critical" in json.loads((out / "report" / "summary.json").read_text())
     assert store.load(out).spec["dtype"] == preset["dtype"]

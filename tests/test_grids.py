@@ -143,7 +143,6 @@ def test_cells_that_repeat_are_run_once_and_said_once(tmp_path: Path) -> None:
         ({"list": [{"zip": {"seed": [1, 2], "steps": [3, 4]}}, {}], "dtype": ["float64"]}, []),
         ({"optimizer.lr": {"random": {"low": 1e-4, "high": 1, "n": 3, "log": True}}}, []),
         ([{"optimizer.lr": [0.1]}], []),
-        ([], []),
     ],
 )
 def test_the_document_fed_back_gives_the_same_runs(tmp_path: Path, grid: Any, overrides: list[str]) -> None:
@@ -177,7 +176,7 @@ def test_the_cap_counts_all_sub_grids_and_can_be_lifted(tmp_path: Path) -> None:
 
 def test_yes_lifts_the_cap_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("descentlab.config.resolve.LIMIT", 3)
-    monkeypatch.setattr("descentlab.launch.api.estimate", lambda resolved: ["estimated"])
+    monkeypatch.setattr("descentlab.launch.api.estimate", lambda resolved, out: ["estimated"])
     words = ["run", "crossed", "fault=none", "timeline=barrier", "seed=1,2", "--dry-run"]
     refused = CliRunner().invoke(app, words)
     assert (refused.exit_code, "run takes -y for more" in refused.output) == (2, True)

@@ -157,7 +157,7 @@ def test_wrong_second_derivatives_of_an_operation_are_noticed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Wrong.apply(self.map(x))  # type: ignore[no-untyped-call]
 
-    with pytest.raises(UserError, match="second derivatives that are right: rows and columns differ by"):
+    with pytest.raises(UserError, match="second derivatives are right: rows and columns differ by"):
         curvature._rows(curvature.operator(Net(), F.cross_entropy, classes(12, 4, 4)))
 
 

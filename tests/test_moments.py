@@ -117,7 +117,7 @@ def test_an_interrupted_cloud_has_the_moments_of_an_undisturbed_one(tmp_path: Pa
     resolved = study(*reduced)
     prepared = api.prepare(resolved, path, False)
     directory = RunDirectory.create(path, "training", "study: training\n")
-    api._write_plan(resolved, directory, prepared, None)
+    api._write_plan(resolved, directory, prepared, None, {})
     for key in [block["key"] for block in prepared["plan"]["blocks"]]:
         for _ in range(20):
             calls = iter([False, True])

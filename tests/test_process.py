@@ -65,7 +65,7 @@ def test_the_log_replays_to_the_same_weights(cell: CrossedSpec, memory: Any) -> 
     """Invariant 3: two or three processes, float64; replayed on the virtual clock within 1e-9 of the norm.
 
     Broken on purpose, one at a time: the current version logged instead of the one the worker had read, a batch given
-    out twice, the server's current weights instead of the worker's for the staleness rule: each fails.
+    out twice: each fails.
     """
     plan, build = plan_of(cell, 60, replicates=[3]), builder(cell)
     server = ParameterServer(plan, build(), build=build, hub=LocalProcesses(60.0, memory=memory))
@@ -91,7 +91,7 @@ def test_batch_norm_travels() -> None:
 def test_one_process_is_sequential_training() -> None:
     """One worker is never stale, so weights and slots are those of lockstep to the bit.
 
-    Broken on purpose: a worker that computes on its first parameters for ever fails.
+    A worker that computes on its first parameters for ever would fail.
     """
     cell = quadratic(workers=1, optimizer=Adam(lr=0.01))
     plan, build = plan_of(cell, 25, replicates=[0]), builder(cell)
@@ -117,7 +117,7 @@ def test_a_barrier_is_lockstep_to_the_bit() -> None:
 def test_a_bound_and_groups() -> None:
     """No worker is ever more than ``bound`` gradients ahead when it reads; updates of two have two different workers.
 
-    Broken by a bound that is ignored: worker 0 needs 20 times as long as the others.
+    Broken on purpose by a bound that is ignored: worker 0 needs 20 times as long as the others.
     """
     cell = quadratic(workers=3)
     plan, build = plan_of(cell, 30, replicates=[0]), builder(cell)
@@ -138,7 +138,7 @@ def test_a_server_goes_on_from_its_log(tmp_path: Path) -> None:
     """Abandoned after 25 updates with a state of update 10, or with none: the logged updates are made again, to the bit
     on the same machine, and none is repeated. Its workers are gone.
 
-    Broken on purpose: a log that is cut to the state's step, or held weights that are not restored, fails.
+    A log that is cut to the state's step, or held weights that are not restored, would fail.
     """
     cell = quadratic(workers=3, optimizer=Adam(lr=0.01))
     plan, build = plan_of(cell, 40, replicates=[0]), builder(cell)
@@ -218,8 +218,7 @@ def failing_build(cell: Any, parent: int) -> Parts:
 
 
 def test_a_worker_that_fails_says_why() -> None:
-    """One line with the reason, the traceback beside it. Broken on purpose: a worker that only exits is replaced
-    without the reason."""
+    """One line with the reason, the traceback beside it: a worker that only exited would be replaced without it."""
     cell, told = quadratic(workers=2), []
     build = partial(failing_build, cell, os.getpid())
     server = ParameterServer(
@@ -268,7 +267,10 @@ def test_a_port_in_use_and_an_interface_that_is_not_there() -> None:
 
 
 def test_messages_are_what_was_sent_or_are_refused() -> None:
-    """Every single bit of a message that is flipped is noticed; tensors of several types come back."""
+    """Every single bit of a message that is flipped is noticed; tensors of several types come back.
+
+    Broken on purpose: a sum of the numbers that is not looked at fails.
+    """
     tree = {"params": {"w": torch.randn(1, 3), "b": torch.randn(1, 2).double()}, "n": torch.tensor([7])}
     layout = Layout(tree)
     memory = memoryview(bytearray(HEADER_BYTES + layout.size))

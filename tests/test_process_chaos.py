@@ -35,8 +35,7 @@ WAIT_S = 120.0  # for a server in a process of its own to come so far; only a ha
 
 
 def judge(server: ParameterServer, folder: Path, workers: int, steps: int) -> None:
-    """All updates made once, acknowledged ones among them, weights as the log says, one thread per process, nobody left.
-    """
+    """All updates made once, acknowledged ones among them, weights as the log says, one thread each, nobody left."""
     entries = Journal(folder / "log").entries
     assert [entry.update for entry in entries] == list(range(steps)) and len(server.log) == steps
     applied = [number for entry in entries for number in entry.numbers]
@@ -107,8 +106,8 @@ EXPECTED = {
 def test_a_round(kind: str, tmp_path: Path) -> None:
     """Every kind once, with other numbers of workers.
 
-    Broken on purpose, one at a time: no deadline (``stop`` hangs), a replacement that begins its batches anew, a
-    checksum that is not looked at, an update logged after it is acknowledged: each fails in its kind.
+    Without a deadline ``stop`` would hang; a replacement that begins its batches anew, a checksum that is not looked
+    at, or a NaN that is applied unseen would fail in its kind.
     """
     told = run_round(kind, tmp_path, MISCHIEF.index(kind))
     if kind in EXPECTED:
@@ -118,7 +117,7 @@ def test_a_round(kind: str, tmp_path: Path) -> None:
 def test_a_killed_server(tmp_path: Path) -> None:
     """SIGKILL in the middle of training: its workers end, the same job goes on from the log, nothing is lost.
 
-    Broken on purpose: a log that is written after the acknowledgement, or a state that is newer than it, fails.
+    A log that is written after the acknowledgement, or a state that is newer than it, would fail.
     """
     told = run_round("server", tmp_path, 6)
     assert told[0][0] == "replayed"
@@ -133,7 +132,7 @@ def test_many_rounds(seed: int, tmp_path: Path) -> None:
 def test_a_worker_that_is_broken_for_good_ends_the_run(tmp_path: Path) -> None:
     """It answers NaN to every task, and so does each replacement: one line, nobody left.
 
-    Broken on purpose: a non-finite gradient that is applied unseen makes a run of NaN.
+    A non-finite gradient that is applied unseen would make a run of NaN.
     """
     server = make_server(tmp_path, 2, (("always_nan", 0),), restarts=1)
     with pytest.raises(StudyError, match=r"worker \d is lost \(returned a gradient with NaN or infinity .* 3 times"):

@@ -79,7 +79,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     """Two servers one after the other; rows as the virtual engine gives, with wall time and measured staleness; the log
     of each, replayed on the virtual clock, gives the losses in the table.
 
-    Broken on purpose: staleness counted from the current version, or two runs packed into one block, fails.
+    Staleness counted from the current version, or two runs packed into one block, would fail.
     """
     settings = given(["replicates=2", "workers=2", "steps=30", "observe.extra=[weight_norm]"])
     dl.run("crossed", *settings, out=tmp_path / "out")

@@ -24,8 +24,8 @@ class Rounds:
     """Rounds: all workers get the same weights, and the first W - ``backup`` gradients to arrive are averaged.
 
     At least one is. The others' gradients are dropped and their workers begin the next round with everybody else
-    (backup workers, arXiv 1604.00981); their batch comes again. ``backup`` = 0 is the barrier. ``staleness``: weights are those of so many
-    updates ago (0: the current ones), as in a pipeline of that depth.
+    (backup workers, arXiv 1604.00981); their batch comes again. ``backup`` = 0 is the barrier. ``staleness``: weights
+    are those of so many updates ago (0: the current ones), as in a pipeline of that depth.
     """
 
     pace: Pace

@@ -207,7 +207,7 @@ class BucketHook(ABC):
     _finished = True
 
 
-def _on_bucket(hook, bucket):  # type: ignore[no-untyped-def]  # DDP reads the annotations, as types and not as text
+def _on_bucket(hook, bucket):  # DDP reads the annotations, as types and not as text
     names, grads = [hook._names[id(p)] for p in bucket.parameters()], bucket.gradients()
     own = dict(zip(names, grads, strict=True))
     return hook._submit(Bucket(bucket.buffer(), own, bucket.is_last()))

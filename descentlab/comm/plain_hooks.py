@@ -88,7 +88,7 @@ class TorchPowerSGDHook:
         self.iteration += 1
 
 
-def _on_bucket(hook, bucket):  # type: ignore[no-untyped-def]  # DDP reads the annotations, as types and not as text
+def _on_bucket(hook, bucket):  # DDP reads the annotations, as types and not as text
     if bucket.is_last():
         hook.count()
     return torchs.powerSGD_hook(hook.state, bucket)

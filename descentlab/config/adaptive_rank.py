@@ -219,7 +219,8 @@ def _compressor(v: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
 def _ranges(ranges: list[Mapping[str, int]], default: int) -> dict[str, Any]:
     """Ranges of epochs, both ends included, as a schedule; the default before, between and after them."""
-    ranks, steps = [default], []
+    ranks: list[int] = [default]
+    steps: list[int] = []
     for one in sorted(ranges, key=lambda r: r["start_epoch"]):
         if steps and steps[-1] == one["start_epoch"]:
             ranks[-1] = one["rank"]

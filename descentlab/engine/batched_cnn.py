@@ -94,7 +94,7 @@ def convolutions(module: nn.Module, image: tuple[int, ...]) -> Convolutions | No
         return None
     eps, momentum = (norms[0].eps, norms[0].momentum) if normed else (0.0, 0.0)
     return Convolutions(
-        tuple(shape),  # type: ignore[arg-type]
+        tuple(shape),
         kernel,
         stride,
         pad,

@@ -109,7 +109,8 @@ class Distributed(Engine):
         self._named = dict(self.module.named_parameters())
         self._bind()
         keep = "forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers"  # its older name
-        self.model = DistributedDataParallel(self.module, bucket_cap_mb=self.bucket_mb, **{keep: False})
+        settings: dict[str, Any] = {"bucket_cap_mb": self.bucket_mb, keep: False}
+        self.model = DistributedDataParallel(self.module, **settings)
         self.hook.attach(self.model)
         self._elapsed, self._started = float(self.state.clock["virtual_s"][0]), 0.0
         self._compute_s = self.parts.compute_s

@@ -303,7 +303,7 @@ class Engine(ABC):
     def _advance(self, now: Round) -> None:
         clock, k = self.state.clock, now.workers.shape[1]
         self.state.worker["cursor"].numpy()[np.arange(len(now.workers))[:, None], now.workers] += 1
-        held = {name: t.numpy() for name, t in clock.items()}  # the same memory; numpy's operations on so few are cheaper
+        held = {name: t.numpy() for name, t in clock.items()}  # the same memory, cheaper operations
         held["step"] += 1
         held["samples"] += k * self.parts.sampler.batch_size
         held["virtual_s"][:] = now.time_s

@@ -25,8 +25,8 @@ class Exchanging:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self.parts, self.ranks = parts, None
-        self.ranks: Ranks | None
+        self.parts = parts
+        self.ranks: Ranks | None = None
 
     def start(self, params: Tree, members: int) -> Tree:
         """What is kept in ``state.shared`` beside the compressor's own memory."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from ..core.errors import StudyError
 from ..core.protocols import Tick
@@ -95,7 +95,7 @@ def _read(path: Path) -> tuple[list[Entry], int]:
     entries = []
     for number, line in enumerate(data[:whole].splitlines()):
         try:
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
             entries.append(Entry(**fields))
         except (ValueError, TypeError, AttributeError):
             raise _damaged(path, number) from None

@@ -130,7 +130,7 @@ class LocalProcesses:
             return _Seat(task, reply, None)
         memory = tuple(self._context.RawArray(ctypes.c_char, size) for size in sizes)  # unlinked: dies with its users
         task, reply = (memoryview(array).cast("B") for array in memory)
-        return _Seat(task, reply, memory)  # type: ignore[arg-type]
+        return _Seat(task, reply, memory)
 
     @property
     def pids(self) -> list[int]:

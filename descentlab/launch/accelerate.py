@@ -48,7 +48,7 @@ def _replace_forward(module: nn.Module, cell: Any) -> None:
     def forward(x: Tensor) -> Tensor:
         return (fast if module.training else plain)(x)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _autocast(inner: Forward, dtype: torch.dtype) -> Forward:

@@ -81,7 +81,8 @@ def _train(path: Path, key: str, rank: int) -> None:
     from .usage import Usage
 
     directory = RunDirectory.open(path)
-    block, cell = open_block(directory, key)
+    block, settings = open_block(directory, key)
+    cell: Any = settings
     run = block.plan.runs[0]
     writer = BlockWriter(directory, key, semantics=SEMANTICS, runs=[run.id], steps=run.stop) if rank == 0 else None
     held = writer.resume() if writer is not None else None
@@ -94,17 +95,16 @@ def _train(path: Path, key: str, rank: int) -> None:
     )
     parts = build_parts(cell, block.plan.route, [cell], block.update)
     parts.link = None
-    if rank:
-        parts.every, parts.evaluate_every, parts.on_schedule, parts.observables = 2**40, 0, [], []
+    if rank:  # all processes know when an evaluation is due; only the first makes it
+        parts.on_schedule, parts.observables = [], []
     hook = hook_of(cell, run.replicate)
     bucket_mb = 1e6 if cell.compressor.name == "torch_powersgd" else cell.bucket_mb
     environment = measure_environment()
     if writer is not None:
         directory.event("environment", "measured between the processes", block=key, **vars(environment))
     state = State.from_state_dict(own["state"]) if own else None
-    engine = Distributed(
-        block.plan, parts, state, step, recorder, hook=hook, bucket_mb=bucket_mb, environment=environment
-    )
+    own_settings: dict[str, Any] = {"hook": hook, "bucket_mb": bucket_mb, "environment": environment}
+    engine = Distributed(block.plan, parts, state, step, recorder, **own_settings)  # type: ignore[arg-type]
     if own:
         hook.load_state_dict(own["hook"])
     usage = Usage()
@@ -130,7 +130,9 @@ def _loop(engine: Distributed, writer: BlockWriter | None, cell: Any, folder: Pa
         if progress.step % ASK_EVERY or progress.step >= engine.plan.stop:
             continue
         word = GO
-        if writer is not None:
+        if writer is None:
+            engine.recorder.flush()  # the first process keeps the rows
+        else:
             word = LEAVE if (folder / STOP).exists() else SAVE if time.monotonic() - saved > cell.checkpoint_s else GO
         word = decide(word)
         if word == GO:

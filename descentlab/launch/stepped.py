@@ -13,7 +13,7 @@ def one_by_one(cells: Iterable[Any]) -> list[str]:
     """
     from ..optim.stacked import StackedOptimizer
 
-    names = {}
+    names: dict[str, Any] = {}
     for cell in cells:
         option = getattr(cell, "optimizer", None)
         if option is not None:

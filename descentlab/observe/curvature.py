@@ -98,7 +98,7 @@ def _rows(curvature: Operator) -> Tensor:
         expected = (
             f"operations whose second derivatives are right: rows and columns differ by {uneven:.1e} of the largest"
         )
-        raise UserError("model", "Hessian", expected)
+        raise UserError("matrix", "not symmetric", expected)
     return (out + out.T) / 2
 
 

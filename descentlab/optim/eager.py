@@ -7,10 +7,8 @@ under ``no_grad``, which is what the decorator does. Classes from elsewhere are 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,16 +22,11 @@ def construct(cls: type[torch.optim.Optimizer], tensors: list[torch.Tensor], set
     return cls(tensors, **settings)
 
 
-@functools.cache
-def _undecorated(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
-    return inspect.unwrap(cls.step)
-
-
 def step(optimizer: torch.optim.Optimizer) -> None:
     """One update; gradients are in ``.grad``."""
     cls = type(optimizer)
     if cls.__module__.startswith("torch.optim."):
         with torch.no_grad():
-            _undecorated(cls)(optimizer)
+            inspect.unwrap(cls.step)(optimizer)
     else:
         optimizer.step()

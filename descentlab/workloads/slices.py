@@ -53,8 +53,8 @@ def folded(data: Data, folds: int | None, fold: int | None) -> Data:
     parts = np.array_split(stratified_split(labels, (n, 0, 0))[0], folds)
     held = torch.as_tensor(parts[fold])
     rest = torch.as_tensor(np.sort(np.concatenate([part for k, part in enumerate(parts) if k != fold])))
-    own = {"x_train": data.x_train[rest], "y_train": data.y_train[rest]}
-    return replace(data, **own, x_validation=data.x_train[held], y_validation=data.y_train[held])
+    x, y = data.x_train, data.y_train
+    return replace(data, x_train=x[rest], y_train=y[rest], x_validation=x[held], y_validation=y[held])
 
 
 def _joined(data: Data, axis: str, chosen: Sequence[Piece]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -15,6 +15,7 @@ from ...report.figures import (
     SINGLE,
     Dot,
     Look,
+    broken,
     draw_intervals,
     looks,
     new_figure,
@@ -94,7 +95,7 @@ def validation(frame: pl.DataFrame, cells: Sequence[Cell]) -> Figure:
                     best = int(np.nanargmin(middle))
                     ax.plot(at[best], middle[best], marker="v", color="black", markersize=5, linestyle="none")
                     ax.axvline(at[best], color=GREY, linewidth=0.6, linestyle=":")
-            panel_title(ax, i, cell.name)
+            panel_title(ax, i, broken(cell.name, 20))
             ax.set_xlabel("server update")
         axes[0].set_ylabel("loss (nats)")
         handles, names = axes[0].get_legend_handles_labels()
@@ -138,15 +139,15 @@ def timelines(tables: Mapping[str, tuple[int, Sequence[tuple[float, tuple[int, .
     with styled():
         picture = new_figure(DOUBLE, 0.35 + sum(0.42 + 0.11 * w for w, _ in tables.values()))
         axes = picture.subplots(
-            len(tables), 1, squeeze=False, sharex=True, height_ratios=[2 + w for w, _ in tables.values()]
+            len(tables), 1, squeeze=False, height_ratios=[2 + w for w, _ in tables.values()]
         ).ravel()
-        end = min(ticks[-1][0] for _, ticks in tables.values() if ticks)
         for i, (ax, (name, (workers, ticks))) in enumerate(zip(axes, tables.items(), strict=True)):
             for w in range(workers):
                 at, colour = [time_s for time_s, chosen, _ in ticks if w in chosen], COLOURS[w % len(COLOURS)]
                 ax.plot([0, *at], [w] * (len(at) + 1), color=colour, linewidth=2.2, alpha=0.35)
                 ax.plot(at, [w] * len(at), marker="|", color=colour, markersize=6, linestyle="none")
-            ax.set_xlim(0, end)
+            each = max(1, len(ticks[0][1]))  # gradients of an update
+            ax.set_xlim(0, ticks[min(len(ticks) - 1, 6 * workers // each)][0])
             ax.set_ylim(workers - 0.5, -0.5)
             ax.set_yticks(range(workers))
             ax.set_ylabel("worker")
@@ -196,10 +197,10 @@ def gaps(found: Outcomes) -> Figure:
             ax.axhline(0, color=GREY, linewidth=0.6)
             panel_title(ax, i, panel)
         axes[0].set_ylabel("test \u2212 training loss (nats)")
-        handles: dict[str, object] = {}
+        handles: dict[str, Any] = {}
         for ax in axes:
             handles.update(dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True)))
-        picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+        picture.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
     return picture
 
 
@@ -229,8 +230,15 @@ def _gap_line(ax: Axes, found: Outcomes, cells: Sequence[Cell], style: Look, lab
     for momentum, _, values in points:
         x = momentum + 0.012 * (k - 1.5)
         ax.plot([x, x], [np.quantile(values, 0.25), np.quantile(values, 0.75)], color=style.colour, linewidth=1)
-    x = [p[0] + 0.012 * (k - 1.5) for p in points]
-    ax.plot(x, [p[1] for p in points], color=style.colour, linestyle=style.line, marker=style.marker, label=label, ms=4)
+    ax.plot(
+        [p[0] + 0.012 * (k - 1.5) for p in points],
+        [p[1] for p in points],
+        color=style.colour,
+        linestyle=style.line,
+        marker=style.marker,
+        label=label,
+        ms=4,
+    )
 
 
 def contrasts(dots: Sequence[Dot], xlabel: str) -> Figure:

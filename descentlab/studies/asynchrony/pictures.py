@@ -129,11 +129,18 @@ def _clusters(cells: Sequence[Cell], summary: Mapping[str, SummaryItem], brief: 
         if samples and seconds:
             rates[cell.name] = samples / seconds
     if rates:
-        alone = next((rates[cell.name] for cell in cells if cell.alone and cell.name in rates), None)
-        workers = {cell.name: int(cell.settings["workers"]) for cell in cells}
-        shares = [None if alone is None else efficiency(rate, alone, workers[name]) for name, rate in rates.items()]
+        alone = {cell.factors["delay"]: rates[cell.name] for cell in cells if cell.alone and cell.name in rates}
+        shares = [
+            efficiency(rates[cell.name], alone[cell.factors["delay"]], int(cell.settings["workers"]))
+            if cell.factors["delay"] in alone
+            else None
+            for cell in cells
+            if cell.name in rates
+        ]
         caption = "Speed on the virtual clock" + (
-            "" if alone is None else "; beside it the share of what as many single processes would process."
+            "; beside it the share of what as many single processes with the same delays would process."
+            if alone
+            else "."
         )
         picture = figures.scaling(list(rates), list(rates.values()), shares)
         blocks.append(FigureBlock("scaling", picture, caption, "Samples per virtual second and scaling efficiency"))

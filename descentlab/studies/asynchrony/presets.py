@@ -54,80 +54,79 @@ DEFAULT: Settings = {
 }
 
 
-def scripts() -> dict[str, Settings]:
-    """One preset per published script."""
-    sgd, adam = PUBLISHED["optimizer"], {"name": "adam", "lr": 0.001}
-    return {
-        "speed": {
-            **PUBLISHED,
-            "delay": NO_DELAY,
-            "grid": {
-                "model": ["lenet5", "cnn1"],
-                "list": [
-                    {"workers": [1], "timeline": ["barrier"]},
-                    {
-                        "timeline": ["barrier", "asynchronous"],
-                        "partition": ["shared", *BOTH_SPLITS],
-                        "workers": SOME_WORKERS,
-                    },
-                ],
-            },
+SGD: Settings = PUBLISHED["optimizer"]
+ADAM: Settings = {"name": "adam", "lr": 0.001}
+SCRIPTS: dict[str, Settings] = {  # one preset per published script
+    "speed": {
+        **PUBLISHED,
+        "delay": NO_DELAY,
+        "grid": {
+            "model": ["lenet5", "cnn1"],
+            "list": [
+                {"workers": [1], "timeline": ["barrier"]},
+                {
+                    "timeline": ["barrier", "asynchronous"],
+                    "partition": ["shared", *BOTH_SPLITS],
+                    "workers": SOME_WORKERS,
+                },
+            ],
         },
-        "delay": {
-            **PUBLISHED,
-            "grid": {"delay": [*CONSTANT_ALL, *CONSTANT_SLOW], "partition": BOTH_SPLITS, "workers": SOME_WORKERS},
+    },
+    "delay": {
+        **PUBLISHED,
+        "grid": {"delay": [*CONSTANT_ALL, *CONSTANT_SLOW], "partition": BOTH_SPLITS, "workers": SOME_WORKERS},
+    },
+    "momentum": {
+        **PUBLISHED,
+        "partition": "label",
+        "grid": {"delay": CONSTANT_SLOW, "optimizer.momentum": MOMENTA, "workers": SOME_WORKERS},
+    },
+    "compensation": {
+        **PUBLISHED,
+        "partition": "label",
+        "grid": {
+            "delay": CONSTANT_SLOW,
+            "staleness_rule": ["none", *({"name": "compensation", "lam": lam} for lam in (2.0, 5.0))],
+            "workers": SOME_WORKERS,
         },
-        "momentum": {
-            **PUBLISHED,
-            "partition": "label",
-            "grid": {"delay": CONSTANT_SLOW, "optimizer.momentum": MOMENTA, "workers": SOME_WORKERS},
+    },
+    "gaussian": {
+        **PUBLISHED,
+        "grid": {
+            "delay": GAUSSIAN_ALL,
+            "staleness_rule": ["none", {"name": "compensation", "lam": 2.0}],
+            "partition": BOTH_SPLITS,
+            "optimizer.momentum": MOMENTA,
+            "workers": SOME_WORKERS,
         },
-        "compensation": {
-            **PUBLISHED,
-            "partition": "label",
-            "grid": {
-                "delay": CONSTANT_SLOW,
-                "staleness_rule": ["none", *({"name": "compensation", "lam": lam} for lam in (2.0, 5.0))],
-                "workers": SOME_WORKERS,
-            },
+    },
+    "optimizers": {
+        **{k: v for k, v in PUBLISHED.items() if k != "optimizer"},
+        "workers": 5,
+        "delay": NO_DELAY,
+        "grid": {
+            "partition": ["shared", *BOTH_SPLITS],
+            "list": [
+                {
+                    "optimizer": [
+                        {**SGD, "momentum": 0.0},
+                        SGD,
+                        {"name": "adam", "lr": 0.01, "betas": [0.99, 0.999]},
+                        ADAM,
+                    ]
+                },
+                {
+                    "model": ["cnn1"],
+                    "optimizer": [
+                        {**SGD, "lr": 0.001, "momentum": 0.0},
+                        {**SGD, "lr": 0.001},
+                        {**ADAM, "lr": 0.0005},
+                    ],
+                },
+            ],
         },
-        "gaussian": {
-            **PUBLISHED,
-            "grid": {
-                "delay": GAUSSIAN_ALL,
-                "staleness_rule": ["none", {"name": "compensation", "lam": 2.0}],
-                "partition": BOTH_SPLITS,
-                "optimizer.momentum": MOMENTA,
-                "workers": SOME_WORKERS,
-            },
-        },
-        "optimizers": {
-            **{k: v for k, v in PUBLISHED.items() if k != "optimizer"},
-            "workers": 5,
-            "delay": NO_DELAY,
-            "grid": {
-                "partition": ["shared", *BOTH_SPLITS],
-                "list": [
-                    {
-                        "optimizer": [
-                            {**sgd, "momentum": 0.0},
-                            sgd,
-                            {"name": "adam", "lr": 0.01, "betas": [0.99, 0.999]},
-                            adam,
-                        ]
-                    },
-                    {
-                        "model": ["cnn1"],
-                        "optimizer": [
-                            {**sgd, "lr": 0.001, "momentum": 0.0},
-                            {**sgd, "lr": 0.001},
-                            {**adam, "lr": 0.0005},
-                        ],
-                    },
-                ],
-            },
-        },
-    }
+    },
+}
 
 
 # data set, model, optimizer, rate, batch size, epochs
@@ -189,7 +188,7 @@ CLAIMS: Settings = {  # what of the published claims holds at equal numbers of u
 
 BARE: Settings = {k: v for k, v in DEFAULT.items() if k != "grid"}  # one condition, to build a grid of one's own on
 
-PRESETS: dict[str, Settings] = {"default": DEFAULT, "bare": BARE, **scripts(), **recommended(), "claims": CLAIMS}
+PRESETS: dict[str, Settings] = {"default": DEFAULT, "bare": BARE, **SCRIPTS, **recommended(), "claims": CLAIMS}
 
 SIZES: dict[str, Settings] = {
     "quick": {"replicates": 3, "steps": 60, "observe": {"every": 5, "evaluate_every": 20}},

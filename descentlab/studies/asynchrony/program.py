@@ -117,7 +117,7 @@ def timeline(cell: AsynchronySpec) -> Timeline:
     cost = cell.cost
     size = cost.message_bytes or (_weights_bytes(cell) if cost.bytes_per_s else 0)
     pace = Pace(cell.delay.build(), cost.compute_s, cost.latency_s, cost.bytes_per_s, cost.shared_link, size)
-    return cell.timeline.paced(pace, cell.workers)  # type: ignore[attr-defined]
+    return cell.timeline.paced(pace, cell.workers)
 
 
 def _weights_bytes(cell: AsynchronySpec) -> int:

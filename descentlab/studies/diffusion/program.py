@@ -342,6 +342,8 @@ def _score(bench: Bench, cell: DiffusionSpec) -> None:
             found[f"group_variances{ending}"] = group_variances(alive @ curvature["eigenvectors"])
             found[f"mean{ending}"] = alive.mean(0) - bench.of("curvature").input("gd", "theta.npz")["theta"]
         found[f"runs{ending}"] = np.array(len(alive))
+    unit = torch.finfo(getattr(torch, cell.dtype)).eps * float(np.abs(cloud["blocks"][0]["snapshots"][0, 0]).max())
+    found["rounding"] = np.array(cell.cloud.steps * unit**2)  # variance that rounding alone may give a direction
     arrays = {"eigenvalues": curvature["eigenvalues"], "eigenvectors": curvature["eigenvectors"]}
     extra = {"lr": np.array(float(cell.optimizer.lr)), "steps_per_epoch": np.array(cloud["epoch"])}
     bench.save("score.npz", {**found, **arrays, **extra, "snapshot_steps": np.array(sorted(cloud["theta"]))})

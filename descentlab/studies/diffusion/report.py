@@ -51,9 +51,20 @@ def build(results: ResultsLike) -> Report:
         provenance=shown_provenance(results.provenance),
         command=command_text(results, "diffusion"),
         runs=ended,
-        notes=[f"{waiting} of {len(results.runs)} runs have not ended; they are left out."] if waiting else [],
+        notes=_notes(results, stages, waiting),
         pdf=not is_brief(results),
     )
+
+
+def _notes(results: ResultsLike, stages: Stages, waiting: int) -> list[str]:
+    """What a reader must know first."""
+    notes = [f"{waiting} of {len(results.runs)} runs have not ended; they are left out."] if waiting else []
+    if any("running_mean" in name for block in stages.named("gd") for name in stages.arrays(block)):
+        notes.append(
+            "The model has BatchNorm: its runs mix the samples of a batch, theory takes them one by one in evaluation "
+            "mode. Measured and predicted spread are not those of the same dynamics."
+        )
+    return notes
 
 
 def _losses(clouds: Sequence[Cloud], stages: Stages) -> dict[str, Mapping[str, np.ndarray]]:

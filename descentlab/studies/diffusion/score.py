@@ -63,11 +63,11 @@ def score(arrays: Mapping[str, np.ndarray], which: str = "Vhat", ending: str = "
         return None
     v, predicted, vectors = arrays[f"V{ending}"], arrays[f"{which}{ending}"], arrays["eigenvectors"]
     a, b = along(v, vectors), along(predicted, vectors)
-    live = b > FLAT * b.max()
+    live = b > max(FLAT * b.max(), float(arrays.get("rounding", 0.0)))
     ratio = a[live] / b[live]
     limits = stats.chi2.ppf([0.025, 0.975], n - 1) / (n - 1)
     values = np.linalg.eigvalsh(predicted)
-    places = np.flatnonzero(values > FLAT * values.max())
+    places = np.flatnonzero(values > max(FLAT * values.max(), float(arrays.get("rounding", 0.0))))
     spectrum = diffusion.whitened_spectrum(v, predicted, places)
     if len(places) >= n:  # fewer runs than directions: the others are exactly zero
         spectrum = spectrum[-(n - 1) :]

@@ -15,7 +15,7 @@ from ...optim.specs import Optimizer, Sgd
 from ..training.spec import Splits
 from .setups import presets
 
-Part = Literal["all", "sgd", "gd", "hessians", "sgd_cloud", "gd_control", "val_loss", "score"]
+Part = Literal["all", "sgd", "gd", "curvature", "hessians", "sgd_cloud", "gd_control", "val_loss", "score"]
 
 # stage -> the stages it continues; a stage's key is made of its own settings and of the keys of these
 INPUTS: dict[str, tuple[str, ...]] = {

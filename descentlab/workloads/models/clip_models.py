@@ -27,6 +27,9 @@ def _library() -> Any:
 class Classifier(nn.Module):
     """``[B, 3, S, S]`` in [0, 1] -> ``[B, classes]``: the image's embedding of length 1, then a linear head."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, tower: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.tower, self.head = tower, head
