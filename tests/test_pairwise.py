@@ -163,7 +163,8 @@ def test_nothing_is_refused_without_need() -> None:
         assert one_room or (engine, a) in alone or (engine, b) in alone
     conditions = 13
     assert len(CONDITIONS) == conditions and len(CASES) == 3 * conditions * (conditions + 1) // 2
-    assert len(RUNS) == (66 - 7) + (91 - 8) + (21 - 1)  # without timelines; without two of a kind; schedule and optimizers
+    without_timelines, without_two_of_a_kind, schedule_and_optimizers = 66 - 7, 91 - 8, 21 - 1
+    assert len(RUNS) == without_timelines + without_two_of_a_kind + schedule_and_optimizers
 
 
 @pytest.mark.parametrize("case", ["lockstp/optimizer:sgd", "virtual/link:slow", "virtual/sgd"])

@@ -192,7 +192,7 @@ class Calibration:
         measuring: tuple[int, int] = (5, 20),
     ) -> None:
         self.candidates, self.threshold, self.accordion = sorted(set(candidates)), threshold, accordion
-        self.check, self.tolerance, self.weighs_time = check, tolerance, True
+        self.check, self.tolerance = check, tolerance
         self.measuring = measuring  # messages that do not count, and that do, where processes measure the link
 
     def start(self, params: Tree) -> Tree:
@@ -222,7 +222,11 @@ class Calibration:
     def looks(self, moment: RankMoment, last: RankMoment) -> bool:
         """As :meth:`Accordion.looks`; also every ``check`` updates."""
         then = self.accordion is not None and self.accordion.looks(moment, last)
-        return then or moment.step // self.check != last.step // self.check
+        return then or self.weighs_again(moment, last)
+
+    def weighs_again(self, moment: RankMoment, last: RankMoment) -> bool:
+        """Whether processes have to measure their link before it answers."""
+        return moment.step // self.check != last.step // self.check
 
     def observe(self, memory: Tree, moment: RankMoment, grads: Tree, shared: Tree) -> None:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""
@@ -274,7 +278,6 @@ class Budget:
         self, budget: float, unit: Literal["bytes", "seconds"], *, most: int = 8, look: int = 5, every: int = 500
     ) -> None:
         self.budget, self.unit, self.most, self.look, self.every = budget, unit, most, look, every
-        self.weighs_time = unit == "seconds"
 
     def start(self, params: Tree) -> Tree:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""
@@ -300,6 +303,10 @@ class Budget:
     def looks(self, moment: RankMoment, last: RankMoment) -> bool:
         """As :meth:`Accordion.looks`."""
         return moment.step % self.every in (0, self.look)
+
+    def weighs_again(self, moment: RankMoment, last: RankMoment) -> bool:
+        """As :meth:`Calibration.weighs_again`."""
+        return self.unit == "seconds" and moment.step % self.every == self.look
 
     def observe(self, memory: Tree, moment: RankMoment, grads: Tree, shared: Tree) -> None:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""

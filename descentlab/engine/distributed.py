@@ -145,7 +145,8 @@ class Distributed(Engine):
         looks = getattr(policy, "looks", None)
         if self._last is not None and looks is not None and not looks(moment, self._last):
             return
-        if getattr(policy, "weighs_time", False) and self._last is not None:
+        due = getattr(policy, "weighs_again", None)
+        if self._last is not None and due is not None and due(moment, self._last):
             self.environment = measure_environment(*getattr(policy, "measuring", ()))
         self._last = moment
         names = [name for name, p in self._named.items() if p.dim() > 1]
