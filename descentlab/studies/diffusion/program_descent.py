@@ -88,9 +88,10 @@ class Descent:
 
     def _record(self, found: Any) -> None:
         norm = torch.sqrt(sum((g.double().square().sum() for g in found.grads.values()), torch.zeros(())))
-        values = {"step": self.step, "train_loss": float(found.loss[0]), "train_accuracy": float(found.accuracy[0])}
+        loss, accuracy = float(found.loss[0]), float(found.accuracy[0])
+        values: dict[str, float | None] = {"step": self.step, "train_loss": loss, "train_accuracy": accuracy}
         values |= {"grad_norm": float(norm), "lr": self.lr, "test_loss": None, "test_accuracy": None}
-        if self.lost < 0 and not np.isfinite([values["train_loss"], values["grad_norm"]]).all():
+        if self.lost < 0 and not np.isfinite([loss, float(norm)]).all():
             self.lost = self.step
         for name, value in values.items():
             self._rows.setdefault(name, []).append(value)
