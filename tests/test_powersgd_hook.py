@@ -162,8 +162,8 @@ def test_an_impossible_rank_is_an_error(rank: Any, text: str) -> None:
 
 
 def test_the_example_runs_under_torchrun() -> None:
-    """``examples/own_loop/powersgd.py``: a loop of the user's own, under a dozen lines of it about compression."""
-    example = JOB.parent.parent / "examples" / "own_loop" / "powersgd.py"
+    """``examples/distributed/powersgd.py``: a loop of the user's own, under a dozen lines of it about compression."""
+    example = JOB.parent.parent / "examples" / "distributed" / "powersgd.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(JOB.parent.parent)}
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(example)]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -165,8 +165,9 @@ class PowerSGDHook(BucketHook):
     def _compress(self, bucket: Bucket, layout: _Layout, parts: list[Tensor], whole: list[Tensor]) -> None:
         """Add the gradients to what is owed, and fill the first message."""
         for name, part, g in zip(layout.whole, parts, whole, strict=True):
-            if name in self._residual:  # owed at another rank, at which it was compressed
-                g.add_(self._residual.pop(name).view(-1))
+            owed = self._residual.pop(name, None)  # at another rank, at which it was compressed
+            if owed is not None and self.error_feedback:
+                g.add_(owed.view(-1))
             part.copy_(g)
         for group in layout.groups:
             grads = [bucket.grads[name].view(group.e.shape[1:]) for name in group.names]
@@ -174,7 +175,7 @@ class PowerSGDHook(BucketHook):
                 torch._foreach_add_(group.each(), grads)
             else:
                 torch._foreach_copy_(group.each(), grads)
-            if not self.warm_start and self.iteration > self.start_iteration:
+            if not self.warm_start and self.iteration > 0:
                 self._redraw(group)
             torch.bmm(group.e, group.q, out=group.p)
 

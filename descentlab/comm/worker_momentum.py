@@ -18,6 +18,8 @@ class WorkerMomentum:
     velocity is fed by another's (the correction of arXiv 1712.01887, section 3, without its masks).
     """
 
+    whole = False  # whatever the inner compressor is, a velocity is not the gradient
+
     def __init__(self, inner: Compressor, momentum: float) -> None:
         self.inner, self.momentum = inner, momentum
 

@@ -162,6 +162,9 @@ class Distributed(Engine):
         self._set_ranks(dict(zip(names, told.tolist(), strict=True)))
 
     def _set_ranks(self, ranks: dict[str, int]) -> None:
+        """A rank no matrix of this size has means what it does in lockstep: the matrix travels whole."""
+        shapes = {name: (len(p), p.numel() // len(p)) for name, p in self._named.items() if name in ranks}
+        ranks = {name: min(rank, *shapes[name]) for name, rank in ranks.items()}
         if ranks != self._asked:
             self._asked = ranks
             self.hook.set_rank(ranks)  # type: ignore[attr-defined]
@@ -203,10 +206,9 @@ class Distributed(Engine):
         return Grads(grads, buffers, loss.detach().unsqueeze(0), accuracy.unsqueeze(0))
 
     def _load_buffers(self) -> None:
-        held = self.state.worker.get("buffers", {})
+        held = self.state.worker.get("buffers")  # of one worker: the server's are its own
         for name, b in self.module.named_buffers():
-            if name in held:
-                b.copy_(held[name][0, self.rank])
+            b.copy_(self.state.buffers[name][0] if held is None else held[name][0, self.rank])
 
     def _exchange(self, now: Round, grads: list[Tree], lr: Tensor) -> Tree:
         if self.rank == 0 and self.parts.rank_policy is not None:
@@ -224,7 +226,7 @@ class Distributed(Engine):
     def _put_buffers(self, now: Round, buffers: list[Tree]) -> None:
         """Every process keeps its own; where an evaluation is due, the server's become their average."""
         state = self.state
-        for name, value in buffers[0].items():
+        for name, value in buffers[0].items() if self.world > 1 else ():
             state.worker["buffers"][name][0, self.rank] = value[0]
         if not buffers[0] or not self.measuring.due(self.step):
             tree_map(lambda t, new: t.copy_(new), state.buffers, buffers[0])

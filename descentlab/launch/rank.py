@@ -99,7 +99,7 @@ def _train(path: Path, key: str, rank: int) -> None:
         parts.on_schedule, parts.observables = [], []
     hook = hook_of(cell, run.replicate)
     bucket_mb = 1e6 if cell.compressor.name == "torch_powersgd" else cell.bucket_mb
-    environment = measure_environment()
+    environment = measure_environment(*getattr(parts.rank_policy, "measuring", ()))
     if writer is not None:
         directory.event("environment", "measured between the processes", block=key, **vars(environment))
     state = State.from_state_dict(own["state"]) if own else None

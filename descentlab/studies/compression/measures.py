@@ -43,8 +43,7 @@ def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) ->
     """One entry per run that ended, in the order of the methods. ``methods``: run -> method."""
     frame = last_attempts(results.frame)
     by_run = {str(key[0]): part for key, part in frame.partition_by("run", as_dict=True).items()}
-    replicates = {str(run["id"]): int(run["replicate"]) for run in results.runs}
-    compute_s = float(results.spec.get("compute_ms", 0.0)) / 1e3
+    planned = {str(run["id"]): run for run in results.runs}
     found = []
     for run, method in methods.items():
         score = scores.by_run[run]
@@ -52,24 +51,26 @@ def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) ->
             continue
         rows = by_run[run]
         last = rows.row(-1, named=True)
+        steps = int(last["step"]) + 1  # there are fewer rows with observe.every above 1
+        compute_s = float(planned[run]["settings"].get("compute_ms", 0.0)) / 1e3
         found.append(
             Run(
                 run,
                 method,
-                replicates[run],
-                rows.height,
+                int(planned[run]["replicate"]),
+                steps,
                 score.test_accuracy,
                 float(last["virtual_s"]),
                 float(last["bytes_sent"]),
                 float(last.get("messages") or 0.0),
-                _parts(rows, compute_s),
+                _parts(rows, steps, compute_s),
             )
         )
     order = list(dict.fromkeys(methods.values()))
     return sorted(found, key=lambda run: (order.index(run.method), run.replicate))
 
 
-def _parts(rows: pl.DataFrame, compute_s: float) -> dict[str, float]:
+def _parts(rows: pl.DataFrame, steps: int, compute_s: float) -> dict[str, float]:
     """Seconds of an update by part: measured by real processes (means over updates), else those of the clock."""
     if "collective_s" in rows.columns and rows["collective_s"].null_count() < rows.height:
         later = rows.slice(min(5, rows.height - 1))  # the first updates allocate
@@ -77,7 +78,7 @@ def _parts(rows: pl.DataFrame, compute_s: float) -> dict[str, float]:
         busy = sum(means[name] for name in PARTS) - means["compute_s"]
         shown = min(1.0, means["exposed_s"] / busy) if busy else 0.0  # the rest is hidden behind the backward pass
         return {name: means[name] * (1.0 if name == "compute_s" else shown) for name in PARTS}
-    sending = float(rows["link_s"][-1]) / rows.height if "link_s" in rows.columns else 0.0
+    sending = float(rows["link_s"][-1]) / steps if "link_s" in rows.columns else 0.0
     return {"compute_s": compute_s, "compress_s": 0.0, "collective_s": sending, "decompress_s": 0.0}
 
 
