@@ -307,7 +307,11 @@ def test_ids_are_the_same_in_every_process() -> None:
 
 OPTIMIZERS = "adadelta, adagrad, adam, adamw, amsgrad, nadam, rmsprop, sgd"
 MISTAKES = [
-    ("recovry", [], "study = 'recovry': expected one of recovery, crossed, training, diffusion, asynchrony, compression, a YAML file or module:Name"),
+    (
+        "recovry",
+        [],
+        "study = 'recovry': expected one of recovery, crossed, training, diffusion, asynchrony, compression, a YAML file or module:Name",
+    ),
     ("recovery", ["optimizer=adma"], f"optimizer = 'adma': expected one of {OPTIMIZERS} or module:Name."),
     ("recovery", ["optimizer=adma"], "did you mean 'adam'?"),
     ("recovery", ["optimiser.lr=0.1"], "optimiser.lr = 0.1: expected a setting of the study."),
@@ -362,7 +366,11 @@ MISTAKES = [
     ("recovery", ["fault.value_low=1e30"], "fault.value_low = 1e+30: expected at most value_high"),
     ("recovery", ["observe={every: 2}", "observe.every=3"], "observe.every = [2, 3]: expected one value per key"),
     ("crossed", ["fault.step=200"], "fault.step = 200: expected a step below steps = 200"),
-    ("crossed", ["compressor=powersdg"], "compressor = 'powersdg': expected one of bf16, fp16, none, powersgd, sign, topk, torch_powersgd"),
+    (
+        "crossed",
+        ["compressor=powersdg"],
+        "compressor = 'powersdg': expected one of bf16, fp16, none, powersgd, sign, topk, torch_powersgd",
+    ),
     ("json:loads", [], "study = 'json:loads': expected a StudyDef, not a function"),
     ("no_such_module:X", [], "study = 'no_such_module:X': expected an importable module"),
     ("json:NOTHING", [], "study = 'json:NOTHING': expected a name defined in module 'json'"),

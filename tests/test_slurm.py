@@ -39,6 +39,7 @@ class SlowSGD(torch.optim.SGD):
     def step(self, closure=None):
         trained = sum(p.numel() for g in self.param_groups for p in g["params"]) > 1000  # not in the start-up check
         if trained and "GATE" in os.environ and not os.path.exists(os.environ["GATE"]):
+            open(f"{os.environ['GATE']}.{os.getpid()}", "w").close()  # it has begun to train
             time.sleep(0.5)
         return super().step(closure)
 '''
@@ -157,7 +158,9 @@ def test_preempted_timed_out_and_killed_jobs_end_equal(place: Place) -> None:
     os.kill(victim, signal.SIGKILL)
     met: set[int | None] = {None}
     for times in (1, 2):
-        met.add(wait_for(lambda: {place.owner(preempted)} - met, "the first job").pop())
+        owner = wait_for(lambda: {place.owner(preempted)} - met, "the first job").pop()
+        met.add(owner)
+        wait_for(Path(f"{gate}.{owner}").exists, "its first update")
         place.ask("scancel", "--signal=USR2", preempted)
         wait_for(lambda n=times: place.restarts(preempted) >= n, "its return to the queue")
         assert (place.block(preempted) / "checkpoint.pt").exists()

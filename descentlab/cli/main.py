@@ -116,8 +116,9 @@ def run(
     show.settings(resolved)
     show.notes(resolved)
     if dry_run:
-        from ..launch.api import estimate
+        from ..launch.api import check_launcher, estimate
 
+        check_launcher(resolved, launcher)
         show.runs(resolved)
         for line in estimate(resolved, None if overwrite else target):
             typer.echo(line)

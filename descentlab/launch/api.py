@@ -17,6 +17,7 @@ from typing import Any
 from ..config.resolve import Resolved, resolve
 from ..config.yaml12 import dump
 from ..core.errors import StudyError, UserError
+from ..engine.support import DISTRIBUTED
 from ..store import RunDirectory, status
 from ..store import load as load_results
 from ..store.directory import LOCK_WAIT_S, MARKER
@@ -52,13 +53,8 @@ def run(
     that ask for what ``profile`` says, and return). Another command on the same directory shares the work; with
     ``missing_only`` what others run or hold in a queue is left to them and not waited for.
     """
-    if launcher not in LAUNCHERS:
-        raise UserError("--launcher", launcher, ", ".join(LAUNCHERS[:-1]) + f" or {LAUNCHERS[-1]}")
-    if launcher == "slurm" and tuning.asked(resolved):
-        raise UserError("tune", "grid", "none beside --launcher slurm: the comparison waits for the choice")
+    check_launcher(resolved, launcher)
     if launcher == "slurm":
-        if hasattr(importlib.import_module(resolved.study.module), "run_stage"):
-            raise UserError("--launcher", "slurm", "pool or local: the stages of this study wait for each other")
         check_slurm(profile or Profile())
     if len(resolved.runs) > RUNS_WITHOUT_ASKING and not yes:
         raise UserError("runs", len(resolved.runs), f"at most {RUNS_WITHOUT_ASKING} without -y")
@@ -258,6 +254,16 @@ def rerun(path: Path, *, launcher: str = "pool", profile: Profile | None = None)
     return run(resolved, Path(path), yes=True, launcher=launcher, profile=profile, missing_only=True)
 
 
+def check_launcher(resolved: Resolved, launcher: str) -> None:
+    """A UserError for a launcher that does not exist, or one that this study cannot use."""
+    if launcher not in LAUNCHERS:
+        raise UserError("--launcher", launcher, ", ".join(LAUNCHERS[:-1]) + f" or {LAUNCHERS[-1]}")
+    if launcher == "slurm" and tuning.asked(resolved):
+        raise UserError("tune", "grid", "none beside --launcher slurm: the comparison waits for the choice")
+    if launcher == "slurm" and hasattr(importlib.import_module(resolved.study.module), "run_stage"):
+        raise UserError("--launcher", "slurm", "pool or local: the stages of this study wait for each other")
+
+
 def estimate(resolved: Resolved, out: Path | None = None) -> list[str]:
     """What ``run`` would cost: runs, blocks, member-steps, and a time measured on a few updates of the first block.
 
@@ -320,7 +326,10 @@ def _seconds_per_unit(plan: dict[str, Any], updates: int = 12) -> float:
     module, _, name = plan["spec"].partition(":")
     block = read_block(plan["blocks"][0])
     cell = getattr(importlib.import_module(module), name).model_validate(block.settings)
-    if block.engine == "process":  # no processes for an estimate: the same gradients, one after the other
+    if block.engine in (
+        "process",
+        DISTRIBUTED,
+    ):  # the same gradients without processes
         block = replace(block, engine="lockstep")
     engine = build_engine(block, cell, None, 0, Recorder())
     units, started = 0, 0.0

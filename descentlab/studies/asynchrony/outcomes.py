@@ -213,7 +213,10 @@ def _reference(factor: str, cells: Sequence[Cell]) -> Cell:
             if cell.factors[factor].split(",")[0] == level:
                 return cell
     if factor == "momentum":
-        return min(cells, key=lambda cell: float(cell.settings["optimizer"].get("momentum", 0.0)))
+        of = [
+            (float(c.settings["optimizer"].get("momentum", 0.0)), float(c.settings["worker_momentum"])) for c in cells
+        ]
+        return cells[of.index(min(of))]
     return cells[0]
 
 

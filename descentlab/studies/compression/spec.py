@@ -106,6 +106,8 @@ def check(cell: CompressionSpec) -> None:
     """Settings that contradict each other; UserError."""
     if cell.engine == "lockstep" and cell.link.name == "real":
         raise UserError("link", "real", "simulated or none beside engine = lockstep, which has no processes")
+    if cell.engine == "process" and cell.link.name == "simulated":
+        raise UserError("link", "simulated", "none or real beside engine = process, whose messages no clock delays")
     if cell.distributed and cell.device not in ("auto", "cpu") and cell.link.name == "real":
         raise UserError("device", cell.device, "cpu on a real link between processes of this machine")
     if cell.compressor.name == "torch_powersgd" and not cell.distributed:

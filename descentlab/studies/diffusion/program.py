@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import StudyError
 from ...core.stage import Stage
 from ...core.state import State
 from ...core.streams import Streams
@@ -163,7 +164,7 @@ def _judged(bench: Bench, cell: DiffusionSpec, start: dict[str, np.ndarray], las
     if orbit is not None:
         found |= {"orbit_ratio": np.array(orbit.ratio), "orbit_step": np.array(orbit.step)}
         found["period_two"] = np.array(orbit.period_two)
-    if own.polish != "none":
+    if own.polish != "none" and np.isfinite(start["theta"]).all():
         work = bench.workload(plain(cell, own.lr, Full()))
         module = module_at(cell, work, start)
         theta, path = polished(own.polish, module, work, start["theta"], own.polish_steps, own.tolerance, bench.advance)
@@ -184,6 +185,8 @@ def module_at(cell: DiffusionSpec, work: Any, at: Mapping[str, np.ndarray]) -> n
 def _curvature(bench: Bench, cell: DiffusionSpec) -> None:
     """Gradient, Hessian and covariance of single-sample gradients at theta*, of all training data, in float64."""
     work, at = bench.workload(cell), bench.input("gd", "theta.npz")
+    if not np.isfinite(at["theta"]).all():
+        raise StudyError("descent to theta* has diverged; lower reference.sgd.lr or reference.gd.lr")
     module, data = module_at(cell, work, at), (work.data.x_train, work.data.y_train)
     hessian = dense_hessian(module, work.loss, data)
     bench.advance(0)
