@@ -349,14 +349,17 @@ def test_no_other_choice_within_the_budget_keeps_more(seed: int) -> None:
 
 
 def test_a_budget_goes_where_the_gradient_is() -> None:
-    """``w`` has four strong directions, ``v`` one; 40 numbers a rank against 20. During a look all have the most."""
+    """``w`` has four strong directions, ``v`` one; 40 numbers a rank against 20. During a look all have the most.
+    Fails when energies are read from Q, which a matrix that travels whole never updates."""
     policy = Budget(4 * (40 * 4 + 20), "bytes", most=4, look=2, every=10)
     memory = policy.start({"w": torch.zeros(1, 10, 30), "v": torch.zeros(1, 10, 10), "b": torch.zeros(1, 9)})
-    q = {"w": torch.eye(30)[:, :4][None] * 5, "v": torch.eye(10)[:, :4][None] * torch.tensor([5.0, 0.1, 0.1, 0.1])}
+    w, v = torch.zeros(1, 10, 30), torch.zeros(1, 10, 10)
+    w[0, :4, :4], v[0, :4, :4] = 5 * torch.eye(4), torch.diag(torch.tensor([5.0, 0.1, 0.1, 0.1]))
+    untouched = {"w": torch.randn(1, 30, 4), "v": 9 * torch.randn(1, 10, 4)}  # Q of a matrix that travels whole
     found = []
     for step in range(12):
         moment = RankMoment(step, 0, 0.1)
         found.append(policy.decide(memory, moment, costs({0: 1.0})))
-        policy.observe(memory, moment, {}, {"q": q})
+        policy.observe(memory, moment, {"w": w, "v": v}, {"q": untouched})
     most, chosen = {"w": 4, "v": 4}, {"w": 4, "v": 1}
     assert found == [most, most, *[chosen] * 8, most, most]

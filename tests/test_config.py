@@ -306,12 +306,9 @@ def test_ids_are_the_same_in_every_process() -> None:
 # What a mistake says ------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = "adadelta, adagrad, adam, adamw, amsgrad, nadam, rmsprop, sgd"
+STUDIES = "recovery, crossed, training, diffusion, asynchrony, compression"
 MISTAKES = [
-    (
-        "recovry",
-        [],
-        "study = 'recovry': expected one of recovery, crossed, training, diffusion, asynchrony, compression, a YAML file or module:Name",
-    ),
+    ("recovry", [], f"study = 'recovry': expected one of {STUDIES}, a YAML file or module:Name"),
     ("recovery", ["optimizer=adma"], f"optimizer = 'adma': expected one of {OPTIMIZERS} or module:Name."),
     ("recovery", ["optimizer=adma"], "did you mean 'adam'?"),
     ("recovery", ["optimiser.lr=0.1"], "optimiser.lr = 0.1: expected a setting of the study."),

@@ -269,8 +269,8 @@ class Budget:
     """Ranks per matrix within a budget of bytes (or of seconds) per update, spread by how much each direction holds.
 
     For the first ``look`` updates of every ``every`` all matrices have rank ``most``; the squared singular values of
-    their Q, averaged over these updates, are the energies :func:`spread` goes by until the next look. A budget too
-    small for rank 1 everywhere gives rank 1. Memory: ``energy`` (name -> float64 ``[1, most]``), ``rank`` (name ->
+    what is applied, averaged over these updates, are the energies :func:`spread` goes by until the next look. A budget
+    too small for rank 1 everywhere gives rank 1. Memory: ``energy`` (name -> float64 ``[1, most]``), ``rank`` (name ->
     int64).
     """
 
@@ -312,8 +312,8 @@ class Budget:
         """See :class:`~descentlab.core.protocols.AdaptiveRankPolicy`."""
         if moment.step % self.every < self.look:
             for name, energy in memory["energy"].items():
-                q = shared["q"][name].double()
-                found = torch.linalg.svdvals(q.nan_to_num()).square()[:, : energy.shape[1]]
+                held = grads[name].flatten(2).double()  # P Q^T, or the whole matrix where that is what travels
+                found = torch.linalg.svdvals(held.nan_to_num()).square()[:, : energy.shape[1]]
                 energy[:, : found.shape[1]] += found / self.look
 
     def _prices(self, costs: RankCosts, moment: RankMoment) -> dict[str, float]:

@@ -144,10 +144,10 @@ class BucketHook(ABC):
 
     def reduce(self, tensor: Tensor) -> None:
         """The mean over processes, in place, in the tensor's own precision (divided first, so that sums stay small)."""
+        if self.world_size == 1:  # nothing is sent
+            return
         self.bytes_sent += tensor.numel() * tensor.element_size()
         self.messages += 1
-        if self.world_size == 1:
-            return
         tensor.div_(self.world_size)
         if tensor.dtype == torch.bfloat16 and dist.get_backend(self.group) == "gloo":  # which has no sum for it
             plain = tensor.view(torch.uint8)
@@ -159,6 +159,8 @@ class BucketHook(ABC):
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All processes' tensors ``[W, …]``."""
+        if self.world_size == 1:
+            return tensor.unsqueeze(0)
         self.bytes_sent += tensor.numel() * tensor.element_size()
         self.messages += 1
         found = [torch.empty_like(tensor) for _ in range(self.world_size)]

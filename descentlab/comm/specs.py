@@ -189,8 +189,10 @@ class PowerSgd(Option):
     name: Literal["powersgd"] = "powersgd"
     rank: PositiveInt = Field(1, description="rank of the approximation of every matrix-shaped gradient")
     policy: PolicyChoice = FixedRank()  # type: ignore[valid-type]
-    min_compression_rate: PositiveFloat = Field(
-        1.0, description="a matrix travels whole unless its two factors are so many times smaller (torch's hook: 2)"
+    min_compression_rate: float = Field(
+        1.0,
+        ge=1,
+        description="a matrix travels whole unless its two factors are so many times smaller (torch's hook: 2)",
     )
     start_iteration: NonNegativeInt = Field(0, description="updates at the start that travel whole")
     error_feedback: bool = Field(True, description="add what was not sent to the next gradient")
@@ -227,7 +229,7 @@ class TorchPowerSgd(Option):
 
     name: Literal["torch_powersgd"] = "torch_powersgd"
     rank: PositiveInt = Field(1, description="rank of the approximation of every matrix-shaped gradient")
-    min_compression_rate: PositiveFloat = Field(2.0, description="as for powersgd")
+    min_compression_rate: float = Field(2.0, ge=1, description="as for powersgd")
 
     def build(self) -> Any:
         """Its stand-in where a compressor object is asked for; the hook is made by the processes."""

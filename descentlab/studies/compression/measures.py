@@ -37,6 +37,7 @@ class Run:
     bytes_sent: float
     messages: float
     parts: Mapping[str, float]
+    cut: bool = False  # failed before its time: its seconds and bytes are not those of a whole run
 
 
 def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) -> list[Run]:
@@ -64,6 +65,7 @@ def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) ->
                 float(last["bytes_sent"]),
                 float(last.get("messages") or 0.0),
                 _parts(rows, steps, compute_s),
+                score.state == "failed",
             )
         )
     order = list(dict.fromkeys(methods.values()))
@@ -87,12 +89,13 @@ def summarise(runs: list[Run]) -> dict[str, dict[str, SummaryItem]]:
     found: dict[str, dict[str, SummaryItem]] = {}
     for method in dict.fromkeys(run.method for run in runs):
         own = [run for run in runs if run.method == method]
+        whole = [run for run in own if not run.cut] or own
         values: dict[str, list[float]] = {
             "accuracy": [run.accuracy for run in own],
-            "time_s": [run.time_s for run in own],
-            "bytes_sent": [run.bytes_sent for run in own],
-            "iterations_per_s": [run.steps / run.time_s if run.time_s else np.nan for run in own],
-            "link_share": [_share(run) for run in own],
+            "time_s": [run.time_s for run in whole],
+            "bytes_sent": [run.bytes_sent for run in whole],
+            "iterations_per_s": [run.steps / run.time_s if run.time_s else np.nan for run in whole],
+            "link_share": [_share(run) for run in whole],
         }
         found[method] = {
             name: item(estimate(column)) for name, column in values.items() if np.isfinite(np.array(column)).all()

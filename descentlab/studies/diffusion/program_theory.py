@@ -68,7 +68,8 @@ class _Linear:
         self.along = ((vectors.T @ self.noise) * vectors.T).sum(1)
         self.heavy = bool(getattr(cell.optimizer, "momentum", 0) or getattr(cell.optimizer, "weight_decay", 0))
         self.bridge = cell.sampler.name == "shuffle" and not self.heavy
-        self.name = "linear, momentum" if self.heavy else "bridge" if self.bridge else "linear"
+        drawn = ", batches taken as independent" if cell.sampler.name == "shuffle" else ""
+        self.name = f"linear, momentum{drawn}" if self.heavy else "bridge" if self.bridge else "linear"
         self.sizes = {"batch_size": cell.batch_size, "population": samples}
 
     def covariance(self, t: int) -> np.ndarray:
