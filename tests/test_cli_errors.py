@@ -69,8 +69,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         made.append(("rerun", directory))
         return 3
 
+    def check_launcher(resolved: Any, launcher: str) -> None: ...
+
     fake = types.ModuleType("descentlab.launch.api")
-    vars(fake).update(run=run, estimate=estimate, report=report, rerun=rerun)
+    vars(fake).update(run=run, estimate=estimate, report=report, rerun=rerun, check_launcher=check_launcher)
     monkeypatch.setitem(sys.modules, "descentlab.launch.api", fake)
     monkeypatch.setattr(descentlab.launch, "api", fake, raising=False)
     return made
