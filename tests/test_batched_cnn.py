@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_gradients_buffers_and_scores_are_autograds(dtype: str, batch_norm: bool
     ours, theirs = many.evaluate(state, x[:201], y[:201]), single.evaluate(state, x[:201], y[:201])
     torch.testing.assert_close(ours[0], theirs[0], rtol=bar, atol=bar)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=1e-6)
+
+
+def test_a_variance_of_one_value_is_refused_as_by_torch() -> None:
+    """Not NaN in the running variance."""
+    many, *_ = made("float32", True, (8, 16, 16))
+    pixels = min(height * width for *_, height, width in many.net.shape)
+    assert [many.net.alone(size) for size in (1, 2)] == [pixels == 1, False]
+    one = replace(many.net, shape=(*many.net.shape[:-1], (*many.net.shape[-1][:4], 1, 1)))
+    assert one.alone(1) and not one.alone(2) and not replace(one, stats=()).alone(1)
 
 
 def test_members_do_not_touch_each_other() -> None:

@@ -23,7 +23,6 @@ from descentlab.comm.adaptive import (
     AccordionRule,
     Budget,
     Calibration,
-    clamped,
     pick_rank,
     spread,
 )
@@ -231,10 +230,6 @@ def test_published_case_2_rank_1_is_raised_to_2() -> None:
     assert pick_rank({1: 0.2, 2: 0.5, 4: 0.7}, 0.3) == 2 and pick_rank({1: 0.6, 2: 0.7}, 0.3) == 2
     assert pick_rank({1: 0.9}, 0.3) == 1
     assert pick_rank({1: 0.2, 4: 0.7}, 0.3) == 4  # and never to a rank that is no candidate
-
-
-def test_published_case_3_clamping() -> None:
-    assert [clamped(rank, 2, 4) for rank in (1, 3, 9)] == [2, 3, 4]
 
 
 def test_published_case_4_the_high_rank_is_forced() -> None:

@@ -16,6 +16,7 @@ import pytest
 from small import builder, digits, plan_of
 
 import descentlab as dl
+from descentlab.analysis.failures import final_scores
 from descentlab.comm.powersgd import numbers_sent
 from descentlab.comm.specs import PowerSgd
 from descentlab.config.adaptive_rank import DEAD, study_of
@@ -25,6 +26,8 @@ from descentlab.engine.lockstep import Lockstep
 from descentlab.launch.plan import make_plan
 from descentlab.optim.specs import Sgd
 from descentlab.store import Results
+from descentlab.studies.compression.figures import update_s
+from descentlab.studies.compression.measures import runs_of
 from descentlab.workloads.specs import Mlp
 
 SMALL = ("dataset=digits", "model.hidden=[16]", "batch_size=16", "schedule=constant", "observe.evaluate_every=0")
@@ -76,6 +79,24 @@ def test_the_report_has_its_figures(quick: Results) -> None:
     assert "simulated clock" in text and "iterations/s" in text and "never the best epoch" in text
 
 
+def test_when_it_pays_is_the_clock_s_own_time(tmp_path: Path) -> None:
+    """At the link the runs had, the time of an update is the one they took: four workers, sums and gathered messages.
+    The formula of the one for the other, or two workers for four, fails; so does a report that takes one cell's."""
+    settings = [s for s in SMALL if s.split("=")[0] not in ("workers", "link", "observe.every")]
+    cells = ["compressor=none,topk,sign,powersgd", "workers=4,3", "compute_ms=3", "observe.every=1"]
+    link = "link={name: simulated, bandwidth_mbps: 5, latency_ms: 2}"
+    found = dl.run(
+        "compression", *settings, *cells, link, "steps=6", "replicates=1", out=tmp_path / "o", launcher="local"
+    )
+    methods = {str(run["id"]): str(run["labels"]["method"]) for run in found.runs}
+    runs = runs_of(found, final_scores(found, [[run] for run in methods], 10), methods)
+    assert sorted(run.workers for run in runs) == [3] * 4 + [4] * 4 and sum(run.gathers for run in runs) == 4
+    for run in runs:
+        assert update_s(run, 5.0, 0.002) == pytest.approx(run.time_s / run.steps, rel=1e-9), run.method
+    text = (tmp_path / "o" / "report" / "report.md").read_text()
+    assert "3 ms for a gradient" in text and "3 or 4 workers" in text
+
+
 def test_an_adaptive_run_changes_its_rank(tmp_path: Path) -> None:
     """Columns ``rank`` and ``gradient_change``; the rank is high again right after the rate drops at update 150."""
     policy = "{name: accordion, low: 1, high: 4, interval: 1, warm_epochs: 1, lr_cooldown: 1, threshold: 5}"
@@ -107,6 +128,11 @@ def test_an_adaptive_run_changes_its_rank(tmp_path: Path) -> None:
         (["compressor={name: topk, fraction: 2}"], "fraction"),
         (["link=real", "engine=lockstep"], "which has no processes"),
         (["compressor=torch_powersgd"], "powersgd does the same here"),
+        (["engine=process", "link=simulated"], "none or real beside engine = process"),
+        (
+            ["compressor=powersgd", "compressor.policy={name: calibration, accordion: {low: 40, high: 40}}"],
+            "compressor.policy.accordion.low = 40: expected at most 16",
+        ),
         (["link=simulate"], "did you mean 'simulated'"),
         (["link={name: real, jitter_ms: 2}"], "expected a latency_ms beside it"),
         (["epochs=2", "steps=5"], "steps or epochs, not both"),
@@ -236,6 +262,16 @@ def test_their_file_is_read() -> None:
     assert cell.schedule.milestones == (155 * 195, 255 * 195) and cell.schedule.warmup_steps == 5 * 195
     assert (cell.compressor.rank, cell.compressor.start_iteration, cell.compressor.min_compression_rate) == (4, 10, 2)
     assert any("5 epochs after training.milestones" in note for note in notes)
+
+
+def test_published_case_3_a_fixed_rank_is_clamped_to_its_bounds() -> None:
+    """The other six cases are in test_compression_rules.py."""
+    bounds = {"use_fixed_rank": True, "min_rank": 2, "max_rank": 4}
+    ranks = [
+        study_of({**THEIRS, "compression": {**bounds, "fixed_rank_value": rank}})[0]["compressor"]["rank"]
+        for rank in (1, 3, 9)
+    ]
+    assert ranks == [2, 3, 4]
 
 
 @pytest.mark.parametrize(

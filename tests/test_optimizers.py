@@ -18,7 +18,7 @@ from torch import Tensor
 from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
 from descentlab.core.state import State
-from descentlab.launch.stepped import one_by_one
+from descentlab.launch.notices import one_by_one
 from descentlab.optim.member_check import linear_in_lr, mixes_members
 from descentlab.optim.specs import OPTIMIZERS
 from descentlab.optim.stacked import Rule, StackedOptimizer

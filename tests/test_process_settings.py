@@ -16,6 +16,7 @@ from descentlab.engine.recorder import Recorder
 from descentlab.engine.virtual import Virtual
 from descentlab.launch.block import build_engine, open_block
 from descentlab.launch.build import build_parts
+from descentlab.launch.notices import measured_time
 from descentlab.launch.plan import make_plan
 from descentlab.store import RunDirectory
 
@@ -113,3 +114,11 @@ def test_the_timeline_decides_who_waits() -> None:
 
         engine = build_engine(read_block(plan["blocks"][0]), resolved.cells[0], None, 0, Recorder())
         assert (engine.quorum, engine.bound) == waiting  # type: ignore[attr-defined]
+
+
+def test_a_computing_time_that_processes_do_not_keep_is_said() -> None:
+    """Silence would read as if workers slept for it."""
+    set_ = ["cost.compute_s=0.02"]
+    (line,) = measured_time(resolve("asynchrony", ["engine=process", *set_]).cells)
+    assert line.startswith("cost.compute_s = 0.02 is for the virtual clock")
+    assert measured_time(resolve("asynchrony", set_).cells) == []

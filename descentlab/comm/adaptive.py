@@ -31,11 +31,6 @@ def pick_rank(ratios: Mapping[int, float], threshold: float) -> int:
     return (2 if 2 in ratios else larger[0]) if pick == 1 and larger else pick
 
 
-def clamped(rank: int, low: int, high: int) -> int:
-    """``rank`` moved into ``low`` to ``high``."""
-    return max(low, min(high, rank))
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What Accordion makes of one epoch: the rank to use, and why."""

@@ -56,6 +56,10 @@ class Convolutions:
     def normed(self) -> bool:
         return bool(self.stats)
 
+    def alone(self, batch: int) -> bool:
+        """Whether a BatchNorm layer has one value per channel, which has no unbiased variance."""
+        return self.normed and batch * min(height * width for *_, height, width in self.shape) == 1
+
 
 def convolutions(module: nn.Module, image: tuple[int, ...]) -> Convolutions | None:
     """The layers of a :class:`~descentlab.workloads.models.cnn.SmallCNN` for images ``[C, H, W]``; None where they are
@@ -233,7 +237,8 @@ class BatchedCnn:
         if ops is not None and (ops.edits or ops.masks):
             raise ValueError("edits run on the single-member path, and this network has no dropout")
         native = self._native(batch.source[0] if isinstance(batch, Selection) else batch.x)
-        if native is None:
+        size = (batch.index if isinstance(batch, Selection) else batch.y).shape[1]
+        if native is None or self.net.alone(size):  # torch says what is wrong with a variance of one value
             with torch.enable_grad():
                 return self.worker.work(view, batch, ops)
         if isinstance(batch, Selection):

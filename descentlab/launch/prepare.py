@@ -16,8 +16,8 @@ def prepare(resolved: Resolved, out: Path, overwrite: bool) -> dict[str, Any]:
     from .build import data_order, resolve_device
     from .compiled import KEY, decide
     from .memory import naming_the_knob
+    from .notices import notices as notices_of
     from .plan import make_plan
-    from .stepped import one_by_one
 
     old = out / "plan.json"
     known = json.loads(old.read_text()) if old.is_file() and not overwrite else {}
@@ -26,7 +26,7 @@ def prepare(resolved: Resolved, out: Path, overwrite: bool) -> dict[str, Any]:
     with naming_the_knob("planning"):
         plan, campaign = make_plan(resolved, known)
     plan[KEY], notices = decide(known, resolved.cells)
-    notices += one_by_one(resolved.cells)
+    notices += notices_of(resolved.cells)
     device = str(resolve_device(resolved.cells[0].device))
     order = data_order(resolved.cells[0])
     return {"plan": plan, "campaign": campaign, "device": device, "notices": notices, "data_order": order}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..cluster.namespaces import check_possible
@@ -42,15 +42,19 @@ def check_sending(cell: Any, params: Mapping[str, tuple[int, ...]]) -> None:
     largest = max(own, default=0)
     if not largest:
         raise UserError("compressor", "powersgd", "a model with a parameter of two or more axes")
-    policy = compressor.policy
-    keys = {"rank": [compressor.rank]} | {
-        f"policy.{key}": value if isinstance(value, list) else [value]
-        for key, value in policy.model_dump().items()
-        if key in ("ranks", "candidates", "high", "max_rank")
-    }
+    keys = {"rank": [compressor.rank]} | dict(_ranks("policy", compressor.policy.model_dump()))
     for key, ranks in keys.items():
         if max(ranks) > largest:
             raise UserError(f"compressor.{key}", max(ranks), f"at most {largest}, that of the largest matrix")
+
+
+def _ranks(where: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
+    """Every setting that is a rank, or ranks, by its key."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _ranks(f"{where}.{key}", value)
+        elif key in ("ranks", "candidates", "low", "high", "max_rank") and value is not None:
+            yield f"{where}.{key}", value if isinstance(value, list) else [value]
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...core.ring import all_reduce_s
+from ...core.ring import all_gather_s, all_reduce_s
 from ...report import SummaryItem
 from ...report.figures import COLOURS, DOUBLE, Look, legend_columns, looks, new_figure, panel_title, styled
 from .measures import PARTS, Run
@@ -110,23 +110,24 @@ def breakdown(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def update_s(run: Run, workers: int, bandwidth_mbps: float, latency_s: float) -> float:
+def update_s(run: Run, bandwidth_mbps: float, latency_s: float) -> float:
     """Seconds of an update of this run over another link, nothing overlapped."""
-    payload, messages = run.bytes_sent / workers / run.steps, run.messages / run.steps
+    collective_s = all_gather_s if run.gathers else all_reduce_s
+    payload, messages = run.bytes_sent / run.workers / run.steps, run.messages / run.steps
     busy = sum(value for key, value in run.parts.items() if key != "collective_s")
-    wire = all_reduce_s(payload, workers, bandwidth_mbps, 0.0)
-    return busy + wire + messages * all_reduce_s(0.0, workers, 0.0, latency_s)
+    wire = collective_s(payload, run.workers, bandwidth_mbps, 0.0)
+    return busy + wire + messages * collective_s(0.0, run.workers, 0.0, latency_s)
 
 
-def when_it_pays(runs: Sequence[Run], workers: int, bandwidth_mbps: float, latency_ms: float) -> Figure:
+def when_it_pays(runs: Sequence[Run], bandwidth_mbps: float, latency_ms: float) -> Figure:
     """Seconds of an update against the link's bandwidth and against its latency, a line per method."""
     methods = list(dict.fromkeys(run.method for run in runs))
     first = {method: next(run for run in runs if run.method == method) for method in methods}
     look = looks(methods)
     rates, delays = np.geomspace(1, 1e4, 60), np.linspace(0, 50, 40)
     panels: tuple[tuple[np.ndarray, str, Callable[[Run, float], float]], ...] = (
-        (rates, "Mbit/s", lambda run, x: update_s(run, workers, x, latency_ms / 1e3)),
-        (delays, "latency of a hop (ms)", lambda run, x: update_s(run, workers, bandwidth_mbps, x / 1e3)),
+        (rates, "Mbit/s", lambda run, x: update_s(run, x, latency_ms / 1e3)),
+        (delays, "latency of a hop (ms)", lambda run, x: update_s(run, bandwidth_mbps, x / 1e3)),
     )
     with styled():
         figure = new_figure(DOUBLE, 2.7)

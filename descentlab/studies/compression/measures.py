@@ -22,11 +22,13 @@ PARTS = {  # column -> what the bar says
     "collective_s": "send and wait",
     "decompress_s": "decompress",
 }
+GATHERED = frozenset({"topk", "sign"})  # compressors whose messages cannot be summed on the way
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run came to: accuracy (0..1), seconds, bytes and messages; ``parts``: seconds of an update."""
+    """What one run came to: accuracy (0..1), seconds, bytes and messages of all ``workers``; ``parts``: seconds of an
+    update; ``gathers``: its messages are gathered, not summed on the way."""
 
     id: str
     method: str
@@ -37,6 +39,8 @@ class Run:
     bytes_sent: float
     messages: float
     parts: Mapping[str, float]
+    workers: int = 2
+    gathers: bool = False
     cut: bool = False  # failed before its time: its seconds and bytes are not those of a whole run
 
 
@@ -53,7 +57,8 @@ def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) ->
         rows = by_run[run]
         last = rows.row(-1, named=True)
         steps = int(last["step"]) + 1  # there are fewer rows with observe.every above 1
-        compute_s = float(planned[run]["settings"].get("compute_ms", 0.0)) / 1e3
+        settings = planned[run]["settings"]
+        compute_s = float(settings["compute_ms"]) / 1e3
         found.append(
             Run(
                 run,
@@ -65,6 +70,8 @@ def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) ->
                 float(last["bytes_sent"]),
                 float(last.get("messages") or 0.0),
                 _parts(rows, steps, compute_s),
+                int(settings["workers"]),
+                settings["compressor"]["name"] in GATHERED,
                 score.state == "failed",
             )
         )

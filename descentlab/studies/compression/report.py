@@ -29,7 +29,6 @@ class Found:
     methods: Mapping[str, str]  # run -> method
     runs: Sequence[Run]
     summary: Mapping[str, Mapping[str, SummaryItem]]
-    workers: int
     link: Mapping[str, Any]
 
 
@@ -42,7 +41,7 @@ def build(results: ResultsLike) -> Report:
     if not runs:
         raise StudyError(f"{results.path}: nothing to report yet, no run has ended; run the study again to go on")
     ended = {run.id: run.method for run in runs}
-    found = Found(results, ended, runs, summarise(runs), _workers(results), spec_link(results.spec))
+    found = Found(results, ended, runs, summarise(runs), spec_link(results.spec))
     contrasts = comparisons(runs)
     pending = len(methods) - len(runs)
     return Report(
@@ -58,10 +57,6 @@ def build(results: ResultsLike) -> Report:
         notes=[f"{pending} of {len(methods)} runs have not ended; they are left out."] if pending else [],
         pdf=not is_brief(results),
     )
-
-
-def _workers(results: ResultsLike) -> int:
-    return int(results.spec.get("workers") or 2)
 
 
 def comparisons(runs: Sequence[Run]) -> dict[str, Estimate]:
@@ -180,12 +175,14 @@ def _sections(found: Found, scores: Scores, contrasts: Mapping[str, Estimate]) -
 def _clock_text(found: Found) -> str:
     if any(run.parts["compress_s"] for run in found.runs):
         return "Times are measured by the processes: of computing, compressing, each collective, decompressing."
-    compute = float(found.results.spec.get("compute_ms", 0.0))
+    computes = sorted({1e3 * run.parts["compute_s"] for run in found.runs})
+    compute = " or ".join(f"{value:g}" for value in computes)
+    workers = " or ".join(str(n) for n in sorted({run.workers for run in found.runs}))
     rate = found.link.get("bandwidth_mbps")
     link = f"{rate:g} Mbit/s and {found.link.get('latency_ms', 0):g} ms a hop" if rate else "no limit"
     return (
-        f"Times are those of a simulated clock: {compute:g} ms for a gradient and the update, and a ring of "
-        f"{found.workers} workers with {link}. Compressing takes no time on this clock."
+        f"Times are those of a simulated clock: {compute} ms for a gradient and the update, and a ring of "
+        f"{workers} workers with {link}. Compressing takes no time on this clock."
     )
 
 
@@ -216,7 +213,7 @@ def _pays_section(found: Found) -> list[Section]:
     if not all(run.messages for run in found.runs):
         return []
     rate, latency = float(found.link.get("bandwidth_mbps") or 0.0), float(found.link.get("latency_ms") or 0.0)
-    figure = figures.when_it_pays(found.runs, found.workers, rate, latency)
+    figure = figures.when_it_pays(found.runs, rate, latency)
     columns = [Column("method"), Column("faster than none below (Mbit/s)", ".4g", "at this latency")]
     blocks: list[Any] = [
         FigureBlock(
@@ -238,10 +235,7 @@ def _break_even(found: Found, method: str) -> float | None:
     own = next(run for run in found.runs if run.method == method)
     latency = float(found.link.get("latency_ms") or 0.0) / 1e3
     rates = np.geomspace(1e-2, 1e6, 4000)
-    faster = [
-        figures.update_s(own, found.workers, r, latency) < figures.update_s(plain, found.workers, r, latency)
-        for r in rates
-    ]
+    faster = [figures.update_s(own, r, latency) < figures.update_s(plain, r, latency) for r in rates]
     if all(faster):
         return float("inf")
     return float(rates[max(np.flatnonzero(faster))]) if any(faster) else None
