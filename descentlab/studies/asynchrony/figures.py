@@ -15,7 +15,6 @@ from ...report.figures import (
     SINGLE,
     Dot,
     Look,
-    broken,
     draw_intervals,
     looks,
     new_figure,
@@ -95,7 +94,7 @@ def validation(frame: pl.DataFrame, cells: Sequence[Cell]) -> Figure:
                     best = int(np.nanargmin(middle))
                     ax.plot(at[best], middle[best], marker="v", color="black", markersize=5, linestyle="none")
                     ax.axvline(at[best], color=GREY, linewidth=0.6, linestyle=":")
-            panel_title(ax, i, broken(cell.name, 20))
+            panel_title(ax, i, cell.name)
             ax.set_xlabel("server update")
         axes[0].set_ylabel("loss (nats)")
         handles, names = axes[0].get_legend_handles_labels()

@@ -70,7 +70,8 @@ def ranks(
         panel_title(axes[0], 0, "rank")
         shown = change or {m: (e[1:], _relative(v)) for m, (e, v) in norm.items() if m in rank and len(v) > 1}
         for method, (epoch, value) in shown.items():
-            axes[1].plot(epoch, value, color=look[method].colour, linestyle=look[method].line, label=method)
+            mark = "." if len(epoch) == 1 else None  # a line needs two points
+            axes[1].plot(epoch, value, color=look[method].colour, linestyle=look[method].line, marker=mark)
         if change and threshold is not None:
             axes[1].axhline(threshold, color="black", linewidth=0.7, linestyle=":")
             axes[1].text(1.0, threshold, "threshold ", transform=axes[1].get_yaxis_transform(), ha="right", va="bottom")

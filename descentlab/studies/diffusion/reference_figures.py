@@ -44,7 +44,7 @@ def stitched(sgd: pl.DataFrame, gd: pl.DataFrame, clouds: Mapping[str, pl.DataFr
         panel_title(axes[2], 2, "clouds: mean batch loss")
         axes[2].set_xlabel("step")
         if clouds:
-            axes[2].legend(fontsize=6)
+            figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=4)
     return figure
 
 
