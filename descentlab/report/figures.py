@@ -24,6 +24,7 @@ LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2,
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#6b6b6b"
 LETTER = 0.062  # inches, mean width of a letter at 8 points
+TICKS = 0.45  # inches beside a panel for its tick labels
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -82,7 +83,8 @@ def panel_title(ax: Axes, index: int, text: str) -> None:
     """``(a) text`` above the panel, broken after commas where it is wider than the panel."""
     place, figure = ax.get_subplotspec(), ax.get_figure()
     across = place.get_gridspec().ncols if place is not None else 1
-    room = int(figure.get_figwidth() / across / LETTER) if figure is not None else 80  # type: ignore[union-attr]
+    width = figure.get_figwidth() if figure is not None else DOUBLE  # type: ignore[union-attr]
+    room = int((width / across - TICKS) / LETTER)
     ax.set_title(broken(f"({chr(ord('a') + index)}) {text}", room))
 
 
