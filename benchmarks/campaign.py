@@ -34,7 +34,7 @@ FAULTS = (
     "INPUT,INPUT_16,WT,WT_16,RBFLIP,RD,RD_CORRECT,ZERO,N16_RD,N16_RD_CORRECT,RD_GLB,RD_CORRECT_GLB,"
     "N64_INPUT,N64_WT,N64_INPUT_16,N64_WT_16,N64_INPUT_GLB,N64_WT_GLB"
 )
-REPLICATES = (6, 12, 24, 48)  # for the slope: 2 to 16 blocks
+REPLICATES = (12, 24, 48, 96)  # for the slope: 4 to 32 blocks; of fewer, planning is a good part of the cost
 FULL_LATE = ["cases=12", "fault.step=600", "recovery_steps=20"]  # two blocks with a shared prefix and without
 QUICK_LATE = ["cases=4", "fault.step=600", "recovery_steps=10", "processes=1"]
 SHORT = ["model=mlp", "optimizer=adam", f"fault={FAULTS}", "fault.step=10", "recovery_steps=20"]

@@ -20,9 +20,10 @@ Ratios are time per member-step of the other over time per member-step of descen
 
 Others: ``store_share``, the share of the processor time of a default step that goes into making and writing rows, a
 part every 60,000 rows (``run`` writes one every 65,536); ``slope``, of the logarithm of the least processor time
-against the logarithm of members, one process, 500 to 2,000 members in blocks of 500, one epoch each, so that every turn
-draws one permutation per member; ``memory_steps`` and ``memory_members``, peak memory with four times the steps and
-four times the members over that without. ``--quick`` leaves out what the bounds do not need (null).
+against the logarithm of members, one process, 500 to 2,000 members in blocks of 500, whole epochs, so that every turn
+draws a permutation per member and epoch, and turns about equally long; ``memory_steps`` and ``memory_members``, peak
+memory with four times the steps and four times the members over that without. ``--quick`` leaves out what the bounds
+do not need (null).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax
     if worker == 0:
         found[f"members_{size // 2}"] = ensemble([range(size // 2)], default)
         whole = ensemble(blocks(max(SIZES), 0, 1, size), default)
-        found |= {f"members_{several}": partial(whole, first=several // size) for several in SIZES}
+        found |= {f"members_{several}": partial(equally_long, whole, several, size) for several in SIZES}
     if with_jax and worker == 0:
         found["jax"] = jax_ensemble(list(range(members)), observed=True)
         if not arguments.quick:
@@ -82,6 +83,13 @@ def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax
     if with_jax and not arguments.quick:
         found["jax_split"] = jax_ensemble([r for block in own for r in block], observed=True)
     return found
+
+
+def equally_long(advance: Callable[..., int], members: int, size: int, updates: int) -> int:
+    """The first ``members`` so often that turns of all :data:`SIZES` last about as long: the least of a few short turns
+    is smaller than that of as many long ones, for it is easier undisturbed."""
+    turns = round(max(SIZES) / members) if updates == EPOCH else 1
+    return sum(advance(updates, first=members // size) for _ in range(turns))
 
 
 def serve(link: Connection, worker: int, count: int, arguments: argparse.Namespace, with_jax: bool) -> None:

@@ -5,8 +5,9 @@
 Two programs, both in processes of their own. descentlab: the command, with every standard observable at every step,
 the test set every 10 steps, table and report. Loop: alone.py, which measures less and writes nothing. Like is compared
 with like: ``training`` is the time of all updates (descentlab: from the plan on the disk to the table on the disk, two
-worker processes; loop: without its start), ``command`` the whole (descentlab with start and report, which the loop has
-not). Ratios are time of the other over time of descentlab:
+worker processes, of which the default study with MLP-386, one block, uses one; loop: without its start), ``command``
+the whole (descentlab with start and report, which the loop has not). Ratios are time of the other over time of
+descentlab:
 
 - ``vs_loop_mlp``, ``vs_loop_cnn``: ``training`` of the default study (4 optimizers, 10 cases), with MLP-386 and with
   its own network. ``…_command``: whole commands.
@@ -22,8 +23,8 @@ not). Ratios are time of the other over time of descentlab:
   follows from counting steps; nothing is timed.
 
 Times of the loop are measured on a sample of cases spread over all and scaled to all updates (``loop_updates``).
-``--quick``: once; the network and the shared prefix in smaller studies (``settings``); no reports, so no whole commands
-(null).
+``--quick``: once, everything of descentlab in one process, one study after the other; the network and the shared prefix
+in smaller studies (``settings``); no reports, so no whole commands (null).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from alone import Baseline, command, from_scratch, member_steps, train
+from alone import Baseline, command, from_scratch, member_steps, train, train_together
 from common import alternate, emit, median_ratio, spread
 
 FAULTS = "RD,N16_RD,RBFLIP,WT,INPUT,ZERO"
 FULL_LATE = ["cases=24", "fault.step=600", "recovery_steps=40"]
-QUICK_LATE = ["cases=12", "fault.step=300", "recovery_steps=15", "processes=1"]
+QUICK_LATE = ["cases=12", "fault.step=300", "recovery_steps=15"]
 SCRATCH = "RD,N16_RD,RBFLIP"  # six runs and one twin would be 7 members per case; three types and their twins are 6
 
 
@@ -63,7 +64,9 @@ def main() -> None:
         folder = Path(name)
 
         def told(study: str) -> float:
-            if study in ("shared", "scratch") or quick:
+            if quick:
+                return together[study]
+            if study in ("shared", "scratch"):
                 return train(settings[study], folder / study)
             ours.setdefault(study, []).append(command(settings[study], folder / study))
             return ours[study][-1]["training"]
@@ -73,6 +76,7 @@ def main() -> None:
             loops.setdefault(study, []).append(Baseline.of(folder / study, sample, folder))
             return loops[study][-1].training
 
+        together = train_together(settings, folder) if quick else {}
         turns: dict[str, Any] = {}
         for study in settings:
             told(study) if not quick else None  # warm: files in the cache

@@ -124,7 +124,7 @@ def many_buckets(rounds: int = int(os.environ.get("BUCKET_ROUNDS", "10")), steps
     done, spread, buckets = 0, 0.0, 0
     for _ in range(rounds):
         ddp = wrapped(MANY_BUCKETS, torch.float32)
-        hook = PowerSGDHook(rank=2).attach(ddp)
+        hook = PowerSGDHook(rank=2, overlap=True).attach(ddp)
         train(ddp, range(steps), lr=0.05)
         buckets = len(hook._layouts)
         done += hook.iteration == steps

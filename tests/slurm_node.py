@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ def one_node(folder: Path) -> Iterator[Path]:
         [_which("slurmd"), "-D", "-f", str(configuration), "-N", "node"],
     ]
     started: list[subprocess.Popen[bytes]] = []
+    watcher = _watch(folder)
     old = _end_on_sigterm()
     try:
         for command in commands:
@@ -120,6 +122,43 @@ def one_node(folder: Path) -> Iterator[Path]:
         _stop(started, {**os.environ, "SLURM_CONF": str(configuration)})
         if old is not None:
             signal.signal(signal.SIGTERM, old)
+        watcher.communicate()  # nothing is left for it to do
+
+
+# Ends what names the folder in its command line or environment (daemons, step daemons, jobs), by its process id.
+WATCHER = """
+import os, signal, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+folder, spared = sys.argv[1].encode(), (os.getpid(), os.getppid())
+sys.stdin.buffer.read()
+for _ in range(20):
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in spared:
+            try:
+                said = [open(f"/proc/{name}/{file}", "rb").read() for file in ("cmdline", "environ")]
+            except OSError:
+                continue
+            if any(folder in text for text in said):
+                found.append(int(name))
+    for process in found:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except OSError:
+            pass
+    if not found:
+        break
+"""
+
+
+def _watch(folder: Path) -> subprocess.Popen[bytes]:
+    """A process that outlives the tests, however they end (its input ends with them), and clears up after them.
+
+    ``folder`` is a temporary one, so nothing else can name it.
+    """
+    command = [sys.executable, "-c", WATCHER, str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _end_on_sigterm() -> Any:

@@ -55,8 +55,11 @@ def test_every_flag_reaches_a_setting() -> None:
     cosine = cell("nn_train", "--lrs", "cosine_annealing", "--epochs", "2").schedule
     assert (cosine.name, cosine.steps) == ("cosine", 2 * (60_000 // 32))
     step = cell("sync", "--lrs", "exponential").schedule
-    assert (step.every, step.factor) == ((60_000 // 32) // 2, 0.9)
-    assert cell("async", "--saves_per_epoch", "3").observe.snapshots_every == (60_000 // 32) // 3
+    assert (step.every, step.factor) == (60_000 // 32, 0.9)  # each worker passes over everything, one update a batch
+    assert cell("sync", "--lrs", "exponential", "--split_dataset").schedule.every == (60_000 // 32) // 2
+    assert cell("async", "--lrs", "exponential").schedule.every == 2 * (60_000 // 32)
+    assert cell("async", "--lrs", "exponential", "--split_labels").schedule.every == 2 * ((60_000 // 32) // 2)
+    assert cell("async", "--saves_per_epoch", "3").observe.snapshots_every == 2 * (60_000 // 32) // 3
     assert cell("sync", "--set", "delay=gamma").delay.name == "gamma"
 
 

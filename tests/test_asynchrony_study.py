@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import descentlab as dl
 from descentlab.analysis.contrasts import HIGHER, IDENTICAL, LOWER
+from descentlab.analysis.paired import paired_test
 from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
 from descentlab.launch.conditions import timeline_of
 from descentlab.launch.plan import make_plan
-from descentlab.studies.asynchrony import figures, program
+from descentlab.studies.asynchrony import figures, pictures, program, program_paths, report
 from descentlab.studies.asynchrony.names import conditions
-from descentlab.studies.asynchrony.outcomes import QUESTIONS, difference_name, outcomes
+from descentlab.studies.asynchrony.outcomes import QUESTIONS, difference_name, outcomes, pairs
 from descentlab.studies.asynchrony.presets import LEVELS, RECOMMENDED
 from descentlab.studies.asynchrony.spec import STUDY, AsynchronySpec
 
@@ -46,7 +48,7 @@ def test_the_report_answers_three_questions_first(finished: Path) -> None:
     places = [text.index(question) for question in QUESTIONS.values()]
     assert places == sorted(places) and max(places) < text.index("## Planned contrasts")
     assert "Holm p" in text and "within noise" in text
-    for figure in ("curves", "contrasts_points", "contrasts_nats", "gap", "staleness"):
+    for figure in ("curves", "contrasts_delay", "contrasts_partition", "contrasts_momentum", "gap", "staleness"):
         assert (finished / "report" / "figures" / f"{figure}.png").stat().st_size > 5000
     summary = json.loads((finished / "report" / "summary.json").read_text())
     for name in ("barrier,sample,m=0", "asynchronous,label,m=0.9"):
@@ -54,6 +56,26 @@ def test_the_report_answers_three_questions_first(finished: Path) -> None:
         assert set(item) == {"value", "n", "low", "high", "method"} and item["n"] == 3
     names = [name for name in summary if name.startswith("asynchrony/contrast/")]
     assert len({name.split("/")[2] for name in names}) == 3
+
+
+def test_each_question_is_a_family_of_its_own(finished: Path) -> None:
+    """Holm's p by hand from the stored differences of one question; the report says how large each family is.
+
+    Broken by one correction over all 16 contrasts, or by families that are not said.
+    """
+    results = dl.load(finished)
+    made = report.build(results)
+    shown = {str(row[0]): row[4] for row in made.contrasts.rows}  # type: ignore[union-attr]
+    for question, own in report.families(pairs(outcomes(results))).items():
+        tested = [paired_test(pair.differences, 0.05 / len(own)).p for pair in own]
+        raw = np.array([1.0 if p is None else p for p in tested])
+        order, running = np.argsort(raw), 0.0
+        for rank, place in enumerate(order):
+            running = max(running, min(1.0, (len(raw) - rank) * raw[place]))
+            assert shown[own[place].name] == (None if tested[place] is None else pytest.approx(running))
+        heads = [verdict for verdict in made.verdicts if verdict.text.startswith(QUESTIONS[question])]
+        assert len(heads) == 1 and f"a family of {len(own)} contrasts" in heads[0].detail
+        assert f"{len(own)} for {question}" in made.contrasts.caption  # type: ignore[union-attr]
 
 
 def test_contrasts_are_paired_differences_of_the_table(finished: Path) -> None:
@@ -241,6 +263,37 @@ def test_the_early_stop_mark_is_where_the_validation_loss_is_least(finished: Pat
         assert list(mark.get_ydata()) == [medians["validation_loss"][0]]
 
 
+def test_trajectories_and_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were stored are the paths on the plane, ends where runs end; accuracy by class in a table.
+
+    Broken by paths of another run or step, or by a plane of another loss.
+    """
+    words = [word for word in SMALL if not word.startswith("steps")]
+    words += ["size=quick", "steps=12", "workers=2", "timeline=barrier,asynchronous", "processes=1"]
+    words += ["observe.snapshots_every=4", "observe.extra=[per_class_accuracy]"]
+    dl.run("asynchrony", "preset=bare", *words, out=tmp_path / "out")
+    results = dl.load(tmp_path / "out")
+    found = outcomes(results)
+    names = {cell.runs[0]: cell.name for cell in found.cells}
+    paths = program_paths.trails(tmp_path / "out", names)
+    assert [held[0].tolist() for held in paths.values()] == [[0, 4, 8, 12]] * 2
+    plane = program_paths.surface(found.cells[0].settings, paths)
+    data = program._data(cell())
+    x, y = data.x_train[: program_paths.SAMPLES].double(), data.y_train[: program_paths.SAMPLES]
+    for path, (_, weights) in zip(plane.paths, paths.values(), strict=True):
+        matrix, bias = torch.from_numpy(weights[-1]).double().split([640, 10])
+        loss = torch.nn.functional.cross_entropy(x.flatten(1) @ matrix.view(10, 64).T + bias, y)
+        assert path.loss[-1] == pytest.approx(float(loss)) and path.steps.tolist() == [0, 4, 8, 12]
+    monkeypatch.setattr(pictures, "is_brief", lambda results: False)
+    (section,) = pictures._trajectories(results, found.cells)
+    assert section.blocks[0].name == "trajectories"  # type: ignore[union-attr]
+    (table,) = report._by_class(found, report.cell_summary(found, results))
+    rows = results.frame.filter(pl.col("cell") == 0, pl.col("step") == 11)
+    assert [column.name for column in table.columns] == ["condition", *(f"class {k} (%)" for k in range(10))]
+    column = "test_accuracy_class_3"
+    assert table.rows[0][4].value == pytest.approx(100 * rows[column].mean())
+
+
 def test_figures_of_the_cluster(finished: Path) -> None:
     """Bars of a worker end where its gradients arrive; class counts add up to the partition's."""
     settings = dl.load(finished).runs[-1]["settings"]
@@ -248,5 +301,7 @@ def test_figures_of_the_cluster(finished: Path) -> None:
     drawn = figures.timelines({"it": (3, updates)}).axes[0]
     marks = [line for line in drawn.lines if line.get_marker() == "|"]
     assert [len(line.get_xdata()) for line in marks] == [sum(w in who for _, who, _ in updates) for w in range(3)]
+    slow = [(0.1 * (t + 1), (1,), 0.0) for t in range(40)] + [(4.05, (0,), 40.0), (8.0, (0,), 0.0)]
+    assert figures.timelines({"it": (2, slow)}).axes[0].get_xlim()[1] > 8.0  # two updates of the slowest are seen
     bars = figures.class_counts({"label": counts}).axes[0].patches
     assert sum(bar.get_height() for bar in bars) == np.array(counts).sum()

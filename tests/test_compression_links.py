@@ -75,6 +75,28 @@ REACH = "import socket; socket.create_connection(('10.77.0.2', 7700), timeout=10
 
 
 @needs_root
+@pytest.mark.parametrize("netem", [True, False])
+def test_packets_are_delayed_and_lost(netem: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection takes a round trip, so twice 15 ms at least; of 300 packets about 90 are lost. By netem, where the
+    kernel has it, and in user space. Broken on purpose: a delay on one way only."""
+    if not netem:
+        monkeypatch.setattr(namespaces, "_has_netem", lambda namespace: False)
+    with network(2, Shape(100.0, 50.0, latency_ms=15, loss_pct=30)) as ends:
+        job = [sys.executable, str(ROOT / "tests" / "network_job.py")]
+        listen = subprocess.Popen(["ip", "netns", "exec", ends[1], *job, "receive"], stdout=subprocess.PIPE, text=True)
+        assert listen.stdout is not None and listen.stdout.readline() == "up\n"
+        sent = subprocess.run(
+            ["ip", "netns", "exec", ends[0], *job, "send"], capture_output=True, text=True, timeout=60, check=True
+        )
+        arrived = int(listen.communicate(timeout=60)[0])
+        assert float(sent.stdout) >= 0.030 and 140 < arrived < 280
+        assert all("rate 100Mbit" in limits(end) for end in ends)
+        namespaces.change(ends, Shape(10.0, 10.0, latency_ms=15, loss_pct=30))
+        assert all("rate 10Mbit" in limits(end) for end in ends)
+    assert not there(os.getpid())
+
+
+@needs_root
 @pytest.mark.parametrize("how", ["fail", "SIGTERM", "SIGKILL"])
 def test_nothing_is_left(how: str) -> None:
     """After an exception inside, and after a kill nothing in the process can answer to.
@@ -95,11 +117,21 @@ def test_nothing_is_left(how: str) -> None:
 
 @needs_root
 def test_what_a_crash_of_everything_left_is_swept() -> None:
+    """Also where another process has the id by now: this one is it, and began at another time."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    name = f"dlab{dead.pid}w0"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    assert name in namespaces.sweep() and not there(dead.pid)
+    left, own = [f"dlab{dead.pid}t1w0", f"dlab{os.getpid()}t1b"], namespaces.names(os.getpid(), 1)[1]
+    for name in (*left, own):
+        subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        assert set(left) <= set(namespaces.sweep()) and there(os.getpid()) == [own]
+    finally:
+        subprocess.run(["ip", "netns", "del", own], check=True)
+
+
+def test_too_many_workers_for_a_real_link_are_one_error() -> None:
+    with pytest.raises(UserError, match=r"workers = 255: expected at most 254 on a real link"):
+        make_plan(resolve("compression", ["link=real", "workers=255", "size=quick", "dataset=digits"]), {})
 
 
 @pytest.mark.parametrize("missing", ["root", "programs"])

@@ -330,7 +330,7 @@ def test_no_other_choice_within_the_budget_keeps_more(seed: int) -> None:
     energy = {k: sorted(rng.exponential(size=4), reverse=True) for k in "abc"}
     prices = {k: float(rng.integers(1, 4)) for k in "abc"}
     for budget in range(6, 30):
-        ranks = spread(energy, prices, budget)
+        ranks = spread(energy, {k: [price * rank for rank in range(1, 5)] for k, price in prices.items()}, budget)
         spent = sum(prices[k] * r for k, r in ranks.items())
         assert spent <= max(budget, sum(prices.values()))
         if spent == budget:
@@ -341,6 +341,21 @@ def test_no_other_choice_within_the_budget_keeps_more(seed: int) -> None:
                 if sum(prices[k] * r for k, r in zip("abc", choice, strict=True)) <= budget
             )
             assert kept >= best - max(max(e) for e in energy.values()) * 1e-9 or kept >= 0.95 * best
+
+
+def test_a_matrix_that_travels_whole_is_paid_in_full() -> None:
+    """Of [10, 10] in single numbers: ranks 1 to 4 cost 20 each, rank 5 and all above the 100 it has; and [4, 4], whole
+    from rank 2 on (16 for 1 * 8 < 16, not 2 * 8). With 107 numbers the first stays at 4, with 108 it has them all, with
+    8 more the second is whole as well. Broken on purpose: a price of n + m for every rank.
+    """
+    policy = Budget(1.0, "bytes", most=8)
+    known = RankCosts(0.1, lambda ranks, step: 0.0, {"w": (10, 10), "v": (4, 4)}, element_size=1)
+    prices, _ = policy._prices(known, RankMoment(0, 0, 0.1))
+    assert prices == {"w": [20, 40, 60, 80, 100, 100, 100, 100], "v": [8, 16, 16, 16]}
+    energy = {"w": [8.0, 7, 6, 5, 4, 3, 2, 1], "v": [1.0, 0.1, 0.1, 0.1]}
+    found = {budget: spread(energy, prices, budget) for budget in (0, 107, 108, 116)}
+    assert found[0] == {"w": 1, "v": 1} and found[107] == {"w": 4, "v": 4} and found[108] == {"w": 8, "v": 1}
+    assert found[116] == {"w": 8, "v": 4}
 
 
 def test_a_budget_goes_where_the_gradient_is() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from descentlab.studies.diffusion.directions import chosen_directions, group_variances, look_times, snapshot_times
 from descentlab.studies.diffusion.program_cloud import Looks
+from descentlab.studies.diffusion.reference_figures import across_rates, averaged_eigenvalues
 from descentlab.studies.diffusion.score import bridge, score
 from descentlab.theory import diffusion
 from descentlab.theory.closure import Averages, gaussian_closure
@@ -144,3 +145,26 @@ def test_moments_in_time_and_directions() -> None:
     chosen = chosen_directions(np.arange(386.0), 12)
     assert chosen[:4].tolist() == [385, 384, 383, 382] and chosen[-4:].tolist() == [3, 2, 1, 0] and len(chosen) == 12
     assert chosen_directions(np.arange(3.0), 12).tolist() == [2, 1, 0]
+
+
+def test_the_averaged_hessian_over_runs_and_rates() -> None:
+    """Four runs' means of noisy matrices of one known truth: the interval over runs holds its eigenvalues, and the
+    figure across rates shows the sizes with their intervals. Breaks when runs are not the unit."""
+    values = np.array([-0.5, 0.2, 1.0, 3.0])
+    basis = np.linalg.qr(RNG.normal(size=(4, 4)))[0]
+    each = []
+    for _ in range(4):
+        noise = RNG.normal(size=(4, 4)) * 0.02
+        each.append(basis * values @ basis.T + noise + noise.T)
+    found = {"mean_hessian": np.stack(each), "steps": np.arange(3)}
+    ends = averaged_eigenvalues(found)
+    assert ends.shape == (4, 3) and (ends[:, 1] < values).all() and (values < ends[:, 2]).all()
+    assert (ends[:, 2] - ends[:, 1] < 0.3).all()
+    lonely = averaged_eigenvalues({"mean_hessian": found["mean_hessian"][:2]})
+    assert np.isnan(lonely[:, 1:]).all() and np.allclose(lonely[:, 0], values, atol=0.1)
+    traces = np.array([[1.0, 0.9, 1.1], [5.0, 4.5, 5.5]])
+    figure = across_rates(
+        np.array([0.01, 0.05]), traces, traces[:, 0], {"a": found, "b": found}, {"a": (1, 0.9, 1.1), "b": (1, 1, 1)}
+    )
+    bars = figure.axes[0].containers[0].lines[2][0].get_segments()
+    assert np.allclose([np.sort(bar[:, 1]) for bar in bars], traces[:, 1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -145,11 +146,12 @@ def test_validation_losses(done: Path) -> None:
         ("theory.intervals=7", {"score"}),
         ("control.scaling=N/B", {"gd_control"}),
         ("hessians.every=1", {"hessians"}),
-        ("cloud.looks=9", {"sgd_cloud", "gd_control", "val_loss", "score"}),
-        ("optimizer.lr=0.01", {"hessians", "sgd_cloud", "gd_control", "val_loss", "score"}),
-        ("reference.gd.steps=13", {*INPUTS} - {"sgd"}),
+        ("cloud.looks=9", {"sgd_cloud", "gd_control", "val_loss", "score", "statistics", "language"}),
+        ("hessians.runs=2", set()),
+        ("optimizer.lr=0.01", {"hessians", "sgd_cloud", "gd_control", "val_loss", "score", "statistics", "language"}),
+        ("reference.gd.steps=13", {*INPUTS} - {"sgd"}),  # stage language is of transformers, its key there all the same
         ("seed=3", {*INPUTS}),
-        ("runs=61", {"val_loss", "score"}),
+        ("runs=61", {"val_loss", "score", "statistics", "language"}),
         ("processes=1", set()),
     ],
 )
@@ -168,14 +170,16 @@ def test_one_stage_more_runs_and_a_changed_setting_continue_what_is_there(tmp_pa
     out = study(tmp_path / "out", "stage=hessians", "runs=30")
     assert {p.parent.name for p in blocks(out, "gd")} and not blocks(out, "sgd_cloud")
     found = arrays(blocks(out, "hessians")[0], "hessians.npz")
-    assert found["steps"].tolist() == [0, 2] and found["eigenvalues"].shape == (2, 386)
-    assert np.allclose(found["mean_hessian"], found["mean_hessian"].T)
+    assert found["steps"].tolist() == [0, 2] and found["eigenvalues"].shape == (1, 2, 386)
+    assert np.allclose(found["mean_hessian"][0], found["mean_hessian"][0].T)
     first = {p: p.stat().st_mtime_ns for p in (out / "blocks").glob("*/done.json")}
     study(out, "runs=30")
-    study(out, "runs=34", "theory.intervals=2")
+    study(out, "runs=34", "theory.intervals=2", "hessians.runs=3")
     assert all(p.stat().st_mtime_ns == at for p, at in first.items())
     assert sorted(len(arrays(p, "cloud.npz")["runs"]) for p in blocks(out, "sgd_cloud")) == [4, 30]
     assert int(arrays(blocks(out, "score")[-1], "score.npz")["runs"]) == 34
+    more = arrays(blocks(out, "hessians")[1], "hessians.npz")  # of the second and third member, whose batches differ
+    assert more["mean_hessian"].shape == (2, 386, 386) and np.ptp(more["eigenvalues"][:, 0, -1]) > 1e-3
 
 
 def test_a_cloud_that_was_interrupted_ends_the_same(tmp_path: Path, done: Path) -> None:
@@ -204,7 +208,7 @@ def test_every_figure_is_drawn(done: Path) -> None:
     results = store.load(done)
     made = build(replace(results, spec={**results.spec, "size": "default"}))
     names = {figure.name for figure in made.figures()}
-    assert names >= {"agreement", "whitened", "modes-lr-0.05", "components", "fans", "test-losses", "loss"}
+    assert names >= {"agreement", "whitened", "modes-lr-0.05", "components", "fans", "test-losses", "loss", "process"}
     assert names >= {"gradient-norm", "eigenvalues", "alignment"}
     assert len({figure.name for figure in build(results).figures()}) < len(names)
 
@@ -212,7 +216,7 @@ def test_every_figure_is_drawn(done: Path) -> None:
 def test_the_table_has_every_stage_and_every_run(done: Path) -> None:
     results = store.load(done)
     counts = {role: rows["run"].n_unique() for (role,), rows in results.frame.group_by("role")}
-    assert counts == dict.fromkeys(INPUTS, 1) | {"sgd_cloud": RUNS}
+    assert counts == dict.fromkeys(set(INPUTS) - {"language"}, 1) | {"sgd_cloud": RUNS}
     assert {row["status"] for row in results.status} == {"done"}
 
 
@@ -256,6 +260,18 @@ def test_a_set_up_with_a_missing_or_unknown_key_is_one_error() -> None:
         settings({**whole, "MODEL": "mpl"}, "x.yaml")
 
 
+def text_stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tinyshakespeare be a text written here."""
+    monkeypatch.setenv("DESCENTLAB_DATA", str(folder))
+    source = sources.TINYSHAKESPEARE
+    (folder / source.files[0].path).write_text(TEXT)
+    checksum = f"sha256:{hashlib.sha256(TEXT.encode()).hexdigest()}"
+    own = replace(source, files=(replace(source.files[0], checksum=checksum),))
+    for module in [m for n, m in sys.modules.items() if n.startswith("descentlab.workloads.datasets")]:
+        if getattr(module, "TINYSHAKESPEARE", None) is source:
+            monkeypatch.setattr(module, "TINYSHAKESPEARE", own)
+
+
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak. " * 40
 
 
@@ -267,16 +283,7 @@ def test_every_published_set_up_runs_to_its_report(name: str, tmp_path: Path, mo
     if preset["dataset"]["name"] == "mnist":
         words.append("dataset=mnist5k")
     if preset["dataset"]["name"] == "tinyshakespeare":
-        monkeypatch.setenv("DESCENTLAB_DATA", str(tmp_path))
-        source = sources.TINYSHAKESPEARE
-        (tmp_path / source.files[0].path).write_text(TEXT)
-        import hashlib
-
-        checksum = f"sha256:{hashlib.sha256(TEXT.encode()).hexdigest()}"
-        own = replace(source, files=(replace(source.files[0], checksum=checksum),))
-        for module in [m for n, m in sys.modules.items() if n.startswith("descentlab.workloads.datasets")]:
-            if getattr(module, "TINYSHAKESPEARE", None) is source:
-                monkeypatch.setattr(module, "TINYSHAKESPEARE", own)
+        text_stub(tmp_path, monkeypatch)
         words.append("dataset.characters=900")
     if name == "exp1-4":
         words.append("dataset.n=40")
@@ -284,3 +291,26 @@ def test_every_published_set_up_runs_to_its_report(name: str, tmp_path: Path, mo
     assert api.run(resolve("diffusion", words), out, launcher="local") == 0
     assert "diffusion/theta/critical" in json.loads((out / "report" / "summary.json").read_text())
     assert store.load(out).spec["dtype"] == preset["dtype"]
+
+
+def test_the_table_scores_every_prediction(done: Path) -> None:
+    """Closure, linear, continuous time and the published formula, each recomputed here from the stored matrices."""
+    (table,) = [
+        b for s in build(store.load(done)).sections for b in s.blocks if hasattr(b, "rows") and len(b.rows) == 4
+    ]
+    names = [row[1] for row in table.rows]
+    assert names == ["gaussian closure", "linear", "continuous time (Ornstein-Uhlenbeck)", "published: stationary"]
+    score, curvature = (arrays(blocks(done, s)[0], f"{s}.npz") for s in ("score", "curvature"))
+    u, values = curvature["eigenvectors"], curvature["eigenvalues"]
+    noise = np.diag(u.T @ curvature["covariance"] @ u) / BATCH
+    measured, closure = (np.diag(u.T @ score[k] @ u) for k in ("V", "Vhat"))
+    live = closure > 1e-12 * closure.max()
+    gone = np.abs(values) * 0.05 * STEPS < 1e-9
+    grown = np.where(gone, 0.05 * STEPS, -np.expm1(-2 * values * 0.05 * STEPS) / np.where(gone, 1, 2 * values))
+    for row, variance in (
+        (table.rows[2], 0.05 * noise * grown),
+        (table.rows[3], 0.05 * noise / (2 * np.abs(values) + 1e-6)),
+    ):
+        ratio = measured[live] / variance[live]
+        assert row[5] == pytest.approx(np.sqrt(np.mean((ratio - 1) ** 2)), rel=1e-6)
+        assert row[4] == pytest.approx(np.corrcoef(np.log(measured[live]), np.log(variance[live]))[0, 1], rel=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from descentlab.core.errors import UserError
 from descentlab.report import exports
 from descentlab.report.exports import loggers, starter
 from descentlab.report.exports.series import Series, flat, names, series
+from descentlab.store import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,26 @@ def test_a_tool_that_is_not_there(results: store.Results, tmp_path: Path, monkey
         loggers.wandb(results, tmp_path)
     assert {"v3", "starter", "wandb", "mlflow", "tensorboard", "trackio"} <= {*exports.names()}
     assert math.isfinite(loggers._began(results))
+
+
+def test_the_settings_of_a_run_give_its_id_again(results: store.Results, tmp_path: Path) -> None:
+    """``spec.yaml`` of every run, read as a study, holds that run; ``job.yaml`` all of them; an earlier grid's file is
+    kept beside it. Fails when a setting is lost, or the document that was replaced is."""
+    from descentlab.config.resolve import resolve
+
+    copy = Path(shutil.copytree(results.path, tmp_path / "copy"))
+    old = (copy / "study.yaml").read_text()
+    for document in (old, old + "# again\n", old + "# again\n", old):
+        RunDirectory.create(copy, "training", document)
+    assert [(copy / f"study.{n}.yaml").read_text() for n in (1, 2)] == [old, old + "# again\n"]
+    out = export("starter", copy, tmp_path / "starter")
+    ids = {str(run["id"]) for run in results.runs}
+    assert (out / "job.1.yaml").read_text() == old
+    assert {run.id for run in resolve(out / "job.yaml").runs} == ids
+    found = {}
+    for folder in (p for p in out.iterdir() if p.is_dir()):
+        replicate = yaml.safe_load((folder / "config.yaml").read_text())["replicate"]
+        found[folder.name] = {run.id for run in resolve(folder / "spec.yaml").runs if run.replicate == replicate}
+    assert {run for held in found.values() for run in held} == ids and all(len(held) == 1 for held in found.values())
+    RunDirectory.create(copy, "training", old, overwrite=True)
+    assert not list(copy.glob("study.*.yaml"))

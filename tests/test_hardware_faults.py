@@ -454,3 +454,17 @@ def test_every_fault_that_changes_a_value_changes_the_step(results: store.Result
                 changed.add(name)
     assert {"RD", "N16_RD", "N16_RD_CORRECT", "RD_GLB", "RD_CORRECT_GLB", "N64_INPUT", "N64_WT"} <= changed
     assert len(changed) >= 12  # the others hit a pixel or a bit that does not show in float32
+
+
+def test_each_layer_is_a_point_of_the_grid() -> None:
+    """``fault.layer=each`` against the same layers spelled out: equal ids. Fails when a layer that does not make the
+    operation is among them, or one is missing."""
+    words = ["dataset=digits", "optimizer=sgd,adam", "cases=2"]
+    for direction, layers in (("forward", "conv1,conv2,conv3,head"), ("grad_input", "conv2,conv3,head")):
+        own = [*words, f"fault.direction={direction}"]
+        each, spelled = (resolve("recovery", [*own, f"fault.layer={layer}"]).runs for layer in ("each", layers))
+        assert sorted(run.id for run in each) == sorted(run.id for run in spelled)
+    two = resolve("recovery", [*words, "model=cnn,linear", "fault.layer=each"])
+    assert len(two.cells) == 2 * (4 + 1)
+    with pytest.raises(UserError, match=r"model = 'cnn': expected"):
+        resolve("recovery", ["dataset=gaussian_mixture", "model=cnn", "fault.layer=each"])

@@ -299,3 +299,9 @@ def test_models_for_small_images(name: str, settings: dict) -> None:
     assert model(name, False) == settings
     with pytest.raises(UserError, match="no trained weights"):
         model(name, True)
+
+
+def test_datasets_that_timm_opens() -> None:
+    study, _ = study_of({"dataset": "timm/torch/kmnist", "data_dir": "d", "model": "tiny/resnet_101"})
+    assert study["dataset"] == {"name": "timm", "dataset": "torch/kmnist", "root": "d"}
+    assert study["model"] == "resnet101"

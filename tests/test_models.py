@@ -40,6 +40,8 @@ from descentlab.workloads.specs import (
     ResNet18,
     ResNet34,
     ResNet50,
+    ResNet101,
+    ResNet152,
     SmallCnn,
     TeacherStudent,
     Vgg11,
@@ -101,6 +103,8 @@ COUNTS: list[tuple[Option, Data, int]] = [
     (ResNet18(batch_norm=False), images(*CIFAR10), 11_173_962 - 4_800),  # 2 per channel of BatchNorm, 1 of a bias
     (ResNet34(), images(*CIFAR10), 21_282_122),
     (ResNet50(), images(*CIFAR10), 23_520_842),
+    (ResNet101(), images(*CIFAR10), 42_512_970),
+    (ResNet152(), images(*CIFAR10), 58_156_618),
     (Vgg11(), images(*CIFAR10), 9_231_114),  # of VGG for CIFAR-10 with BatchNorm and one linear layer, as published
     (Vgg13(), images(*CIFAR10), 9_416_010),
     (Vgg16(), images(*CIFAR10), 14_728_266),

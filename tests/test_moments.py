@@ -20,7 +20,7 @@ from descentlab.store.moments import _chan, load_moments, load_weights
 from descentlab.store.progress import status
 
 GRID = ["dataset=digits", "model.pool=0", "model.hidden=[4]", "optimizer=sgd", "optimizer.lr=0.1,0.5"]
-SMALL = [*GRID, "steps=7", "replicates=35", "observe.evaluate_every=3", "processes=1"]
+SMALL = [*GRID, "steps=7", "replicates=35", "observe.evaluate_every=3", "processes=1", "members_per_block=35"]
 WEIGHTS = ["observe.weights_every=2", "observe.coordinates=[0,5,9]"]
 KEYS = ["cell", "role", "step", "observable"]
 

@@ -30,6 +30,23 @@ def shape(*words: str) -> list[tuple[int, int, str]]:
     return [(len(b["runs"]), len(b["variants"]), b["update"]) for b in blocks(*words)]
 
 
+@pytest.mark.parametrize(
+    ("model", "replicates", "expected"),
+    [
+        (["model=mlp", "model.pool=0", "model.hidden=[16]"], 109, 1),  # 32 * (64 * 16 + 16 * 10) multiplications each
+        (["model=mlp", "model.pool=0", "model.hidden=[16]"], 110, 2),
+        (["model=mlp", "model.pool=0", "model.hidden=[256]"], 64, 2),
+        (["model=flexible_cnn"], 64, 2),
+        (["model=flexible_cnn"], 63, 1),
+    ],
+)
+def test_a_second_process_has_to_be_worth_it(model: list[str], replicates: int, expected: int) -> None:
+    """Small networks in compiled code are split from 2^22 multiplications of an update on, everything from 64 members
+    on. Fails when the batch or a layer is not counted."""
+    found = blocks(*SGD, "batch_size=32", *model, f"replicates={replicates}")
+    assert len(found) == expected
+
+
 MANY = ",".join(f"0.{i:02}" for i in range(1, 18))  # 17 numbers
 
 

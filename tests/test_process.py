@@ -146,6 +146,7 @@ def test_a_server_goes_on_from_its_log(tmp_path: Path) -> None:
     run, saved = first.run(), None
     for progress in run:
         if progress.step == 10:
+            first.before_checkpoint()
             saved = first.state.clone()
         if progress.step == 25:
             break

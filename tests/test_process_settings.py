@@ -19,6 +19,7 @@ from descentlab.launch.build import build_parts
 from descentlab.launch.notices import measured_time
 from descentlab.launch.plan import make_plan
 from descentlab.store import RunDirectory
+from descentlab.studies.asynchrony.program_paths import recorded
 
 PLAIN = ["dataset=digits", "fault=none", "compressor=none", "optimizer=sgd", "replicates=1", "dtype=float64"]
 REAL = [*PLAIN, "engine=process", "timeline=asynchronous", "timeline.delay=constant", "timeline.delay.mean_s=0"]
@@ -93,6 +94,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert rows["staleness"].to_list() == [t - tick.versions[0] for t, tick in enumerate(ticks)]
         assert rows["worker"].to_list() == [tick.workers[0] for tick in ticks]
         assert rows["virtual_s"].to_list() == [tick.time_s for tick in ticks] and rows["wall_s"].is_sorted()
+        drawn = recorded(tmp_path / "out", block.plan.runs[0].id, 20)  # what the report draws
+        assert [(time_s, workers) for time_s, workers, _ in drawn] == [(t.time_s, t.workers) for t in ticks[:20]]
         replay = Virtual(block.plan, build_parts(cell, "vmap"), timeline=RecordedTimeline(ticks))
         for _ in replay.run():
             pass

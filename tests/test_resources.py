@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from small import digits, finish, plan_of
 from torch import nn
 
+import descentlab as dl
 from descentlab.config.resolve import resolve
 from descentlab.core import native as core_native
 from descentlab.core.errors import StudyError
@@ -25,6 +27,7 @@ from descentlab.core.member_stats import compiled_stats
 from descentlab.core.native import compiled_code
 from descentlab.core.streams import Streams
 from descentlab.engine import native, work
+from descentlab.engine.batched_cnn import cnn_kernel
 from descentlab.engine.lockstep import Lockstep
 from descentlab.launch import api, build, memory
 from descentlab.launch.block import run_block
@@ -32,6 +35,7 @@ from descentlab.launch.isolate import isolate
 from descentlab.launch.memory import bytes_per_member, members_at_most, naming_the_knob
 from descentlab.launch.pool import KEPT, Outcome
 from descentlab.launch.prepare import prepare
+from descentlab.optim.compiled import library_for
 from descentlab.store import VOLATILE, RunDirectory, load
 from descentlab.workloads.specs import FlexibleCnn, Mlp, ResNet18
 
@@ -247,6 +251,17 @@ def test_an_accelerators_memory_caps_the_members_of_a_block(tmp_path: Path, monk
 
 
 @pytest.mark.gpu
+def test_a_campaign_on_an_accelerator_meets_the_same_faults(tmp_path: Path) -> None:
+    """The plan is that of a CPU to the byte; losses before the fault agree to rounding, and every run has its fault."""
+    words = ["size=quick", "dataset=digits", "optimizer=sgd,adam", "cases=2", "recovery_steps=3", "fault.step=4"]
+    cpu, gpu = (dl.run("recovery", *words, f"device={d}", out=tmp_path / d, launcher="local") for d in ("cpu", "cuda"))
+    assert gpu.campaign == cpu.campaign and len(gpu.hits) == len(cpu.hits) == 4
+    assert [hit["index"] for hit in gpu.hits] == [hit["index"] for hit in cpu.hits]
+    before = [r.frame.filter(pl.col("step") < 4).sort("run", "step")["train_loss"] for r in (cpu, gpu)]
+    np.testing.assert_allclose(before[1], before[0], rtol=1e-3)
+
+
+@pytest.mark.gpu
 def test_the_estimate_covers_what_a_real_accelerator_uses() -> None:
     """Three updates of ResNet-18 stay below the estimate for its members (the rest is the share that is left free)."""
     cell = digits(model=ResNet18(), device="cuda", workers=1, batch_size=32)
@@ -275,7 +290,7 @@ def test_members_per_block_cuts_what_has_not_begun(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    caches = (native.kernel, compiled_stats)
+    caches = (native.kernel, cnn_kernel, compiled_stats, library_for)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setenv("CC", "no-such-compiler")

@@ -205,3 +205,44 @@ def test_a_slurm_that_refuses_is_one_line(place: Place) -> None:
     assert not (place.path / "cluster/slurm/jobs.jsonl").exists()
     with contextlib.suppress(FileNotFoundError):
         assert not any((place.path / "cluster" / "blocks").iterdir())
+
+
+KILLED = """
+import sys, tempfile, time
+from pathlib import Path
+from slurm_node import one_node
+
+with one_node(Path(sys.argv[1])):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_nothing_of_the_node_outlives_tests_that_are_killed(number: int) -> None:
+    """Daemons and a job that runs. Fails without the watcher: slurmstepd and its job survive a killed test run."""
+    folder = tempfile.mkdtemp(prefix="dl-kill-")
+    paths = os.pathsep.join([str(ROOT / "tests"), *(p for p in sys.path if "site-packages" in p)])
+    command, environment = [sys.executable, "-c", KILLED, folder], {**os.environ, "PYTHONPATH": paths}
+    try:
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as tests:
+            assert tests.stdout is not None and tests.stdout.readline() == b"up\n"
+            slurm = {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf"}
+            submit = ["sbatch", "--wrap", "sleep 600", "-D", folder, "-o", f"{folder}/job.out"]
+            subprocess.run(submit, env=slurm, check=True, capture_output=True)
+            wait_for(lambda: "sleep 600" in naming(folder), "the job to run")
+            os.kill(tests.pid, number)
+        wait_for(lambda: not naming(folder), "the processes to end")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def naming(folder: str) -> list[str]:
+    """Command lines of the processes that name the folder, in their command line or environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (process / "cmdline").read_bytes()
+            if folder.encode() in line + (process / "environ").read_bytes():
+                found.append(line.replace(b"\0", b" ").decode().strip())
+    return found

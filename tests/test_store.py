@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_job import RUNS, STEPS, new_directory, train
 
-from descentlab.core.errors import UserError
+from descentlab.core.errors import StudyError, UserError
 from descentlab.store import (
     VOLATILE,
     BlockWriter,
@@ -181,7 +181,12 @@ def test_a_table_that_is_up_to_date_is_all_that_is_read(
     copy = shutil.copytree(undisturbed.path, tmp_path / "copy")
     read: list[str] = []
     plain = RunDirectory.read_jsonl
-    monkeypatch.setattr(RunDirectory, "read_jsonl", lambda self, name: (read.append(name), plain(self, name))[1])
+
+    def noted(self: RunDirectory, name: str, **how: Any) -> list[dict[str, Any]]:
+        read.append(name)
+        return plain(self, name, **how)
+
+    monkeypatch.setattr(RunDirectory, "read_jsonl", noted)
     with monkeypatch.context() as patch:
         patch.setattr(parts, "read_part", lambda folder, part: pytest.fail(f"{part.file} was read"))
         again = load(copy)
@@ -384,3 +389,21 @@ def test_the_cover_is_readable_without_torch(undisturbed: Results, tmp_path: Pat
     for path in (undisturbed.path, tmp_path / "out"):
         subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True, timeout=120)
     assert parts.read_cover(tmp_path / "out/blocks/b0") is not None
+
+
+def test_rows_that_end_in_the_same_settings_are_read_as_they_are(tmp_path: Path) -> None:
+    """Against ``json.loads`` line by line. Fails when a key of that name elsewhere in a row is taken for the last one,
+    or when a damaged line is not noticed."""
+    settings = {"optimizer": {"name": "sgd", "lr": 0.1}, "value": "inf"}
+    rows = [{"id": f"r{i}", "labels": {}, "settings": settings} for i in range(3)]
+    rows += [{"id": "a", "settings": {"x": 1}, "role": "last"}, {"id": "b", "labels": {"settings": {"y": 2}}}]
+    rows += [{"id": 'c, "settings": 3', "settings": [1]}, {"settings": {"z": 1}}, {"id": "d"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path = tmp_path / "resolved.jsonl"
+    read, good = jsonl.decode(text.encode(), path, repeated="settings")
+    plain, _ = jsonl.decode(text.encode(), path)
+    assert read == plain and good == len(text) and [row["id"] for row in read[:3]] == ["r0", "r1", "r2"]
+    assert read[0]["settings"] is read[2]["settings"] and read[0]["settings"]["value"] == float("inf")
+    with pytest.raises(StudyError, match="damaged at line 2"):
+        lines = text.splitlines()
+        jsonl.decode("\n".join([lines[0], lines[1][:-1], lines[2], ""]).encode(), path, repeated="settings")

@@ -73,3 +73,27 @@ def test_without_the_extra() -> None:
 def test_a_name_timm_does_not_have() -> None:
     with pytest.raises(UserError, match=r"model.architecture = 'resnet19'.*resnet18"):
         Timm(architecture="resnet19").build()
+
+
+@needs_timm
+def test_pretrained_weights_come_from_a_file_but_for_the_head(tmp_path: Path) -> None:
+    """Weights of another network of the same architecture, saved here: all but the head are theirs."""
+    import timm
+    import torch
+
+    torch.manual_seed(1)
+    donor = timm.create_model("resnet18", num_classes=1000)
+    torch.save(donor.state_dict(), tmp_path / "weights.pth")
+    data = images(*CIFAR10)
+    spec = Timm(architecture="resnet18", pretrained=True, weights=str(tmp_path / "weights.pth"))
+    made, theirs = spec.build().build(data).state_dict(), donor.state_dict()
+    assert {n for n, t in made.items() if t.shape != theirs[n].shape} == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(t, theirs[n]) for n, t in made.items() if not n.startswith("fc."))
+
+
+def test_a_file_of_weights_is_asked_for_with_the_flag_and_exists() -> None:
+    with pytest.raises(ValueError, match=r"weights = w\.pth: expected pretrained = true beside it"):
+        Timm(weights="w.pth")
+    if HERE:
+        with pytest.raises(UserError, match=r"model.weights = 'w.pth': expected an existing file"):
+            Timm(pretrained=True, weights="w.pth").build()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import special  # scipy.stats takes a second to import and is loaded only where it is needed
@@ -187,13 +188,19 @@ def detectable(sd: float | None, n: int, alpha: float = 0.05, wanted: float = 0.
     """The mean difference a paired t test finds with power ``wanted``, given the observed ``sd``; None if undefined."""
     if sd is None or n < 2 or sd == 0:
         return None
+    return sd * _detectable_effect(n, alpha, wanted)
+
+
+@lru_cache(maxsize=1024)
+def _detectable_effect(n: int, alpha: float, wanted: float) -> float:
+    """The standardized effect that is found with power ``wanted``."""
     low, high = 0.0, 1.0
     while power(high, n, alpha) < wanted:
         high *= 2
     while high - low > 1e-8 * high:  # power grows with the effect
         middle = (low + high) / 2
         low, high = (middle, high) if power(middle, n, alpha) < wanted else (low, middle)
-    return sd * high
+    return high
 
 
 def wilson(events: int, n: int, level: float = 0.95) -> Estimate:

@@ -25,7 +25,17 @@ MEASURES = frozenset(
         ),
         *("grad_norm", "update_norm", "slot_max", "bn_var_max", "nonfinite_grads", "nonfinite_params", "test_loss"),
         *("test_accuracy", "timestamp", "cpu_percent", "rss_mb"),
-        *("rank", "gradient_change", "messages", "link_s", "compute_s", "compress_s", "collective_s", "decompress_s"),
+        *(
+            "rank",
+            "gradient_change",
+            "messages",
+            "gathered",
+            "link_s",
+            "compute_s",
+            "compress_s",
+            "collective_s",
+            "decompress_s",
+        ),
         *("staleness", "weight_gap", "worker", "exposed_s", "alarm", "alarm_value", "alarm_bound", "action", "rewound"),
     }
 )

@@ -98,7 +98,7 @@ def native(program: str, arguments: Sequence[str]) -> Native:
     workers = 1 if program == "nn_train" else given.world_size - 1
     parts = [flag for flag in PARTITIONS if getattr(given, flag, False)]
     n = int(SAMPLES[given.dataset] * given.train_split)
-    updates = max(1, n // given.batch_size // (workers if program == "sync" else 1))  # of an epoch
+    updates = _updates_per_epoch(n // given.batch_size, workers, program, bool(parts))
     passes = given.epochs if parts or program == "nn_train" else given.epochs * workers
     evaluated = [*(["train"] if given.model_accuracy else []), *(["validation"] if given.val else []), "test"]
     settings = [
@@ -125,6 +125,12 @@ def native(program: str, arguments: Sequence[str]) -> Native:
     kept = [s for s in settings if not any(s.split("=")[0] == key or s.startswith(f"{key}.") for key in own)]
     out = given.out or Path("out") / given.subfolder / f"compat-{program}"
     return Native([*kept, *given.set], out, given.dry_run, _notes(given, program, bool(parts)))
+
+
+def _updates_per_epoch(batches: int, workers: int, program: str, split: bool) -> int:
+    """Server updates while every worker makes a pass over what it has: all ``batches``, or its part of them."""
+    own = batches // workers if split else batches
+    return max(1, own * (workers if program == "async" else 1))
 
 
 def _check(given: Any, program: str) -> None:

@@ -36,10 +36,13 @@ class RealLinkSpec(Option):
     name: Literal["real"] = "real"
     bandwidth_mbps: NonNegativeFloat = Field(100.0, description="10^6 bits a second each way; 0 = no limit")
     ingress_mbps: NonNegativeFloat | None = Field(None, description="towards a worker, where that differs")
-    latency_ms: NonNegativeFloat = Field(0.0, description="one way, by netem, which the kernel must have")
-    jitter_ms: NonNegativeFloat = Field(0.0, description="standard deviation of latency_ms, by netem")
-    loss_pct: float = Field(0.0, ge=0, lt=100, description="packets lost, in percent, by netem")
+    latency_ms: NonNegativeFloat = Field(0.0, description="one way, by netem or a link in user space")
+    jitter_ms: NonNegativeFloat = Field(0.0, description="standard deviation of latency_ms")
+    loss_pct: float = Field(0.0, ge=0, lt=100, description="packets lost, in percent")
     burst_kb: NonNegativeInt = Field(0, description="token bucket, in kilobytes; 0 = 4 up to 100 Mbit/s, else 256")
+    changes: dict[PositiveInt, NonNegativeFloat] = Field(
+        default_factory=dict, description="update -> bandwidth_mbps from about it on, such as {200: 20}"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> RealLinkSpec:

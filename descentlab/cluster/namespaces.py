@@ -4,28 +4,35 @@
 
     worker w: eth0 (tbf: what it sends) ── port w of a bridge in a namespace of its own (tbf: what it receives)
 
-Nothing of the host's own network is touched. Names begin with ``dlab`` and the id of the process that made them. They
-are removed when the ``with`` ends; by a guard process when this one is killed; and whatever a crash of both has left,
-by the next :func:`sweep`.
+Delay, jitter and loss are netem's; where the kernel has none, a process carries packets between tun devices
+(:mod:`descentlab.cluster.tun_link`) in the bridge's place.
+
+Nothing of the host's own network is touched. Names begin with ``dlab``, the id of the process that made them, and when
+that process began (so that another one with the same id is told apart). They are removed when the ``with`` ends; by a
+guard process when this one is killed; and whatever a crash of both has left, by the next :func:`sweep`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.errors import StudyError, UserError
 
 FOLDER = Path("/run/netns")
 PREFIX = "dlab"
+NAME = re.compile(PREFIX + r"(\d+)t(\d+)(?:b|w\d+)")
 CLONE_NEWNET = 0x40000000
+MOST_WORKERS = 254  # addresses of the network
 SIMULATED = "root, ip and tc; link=simulated needs none of them"
 
 # Deletes the named namespaces once its input ends, which it does however its parent ends.
@@ -41,7 +48,7 @@ done
 
 @dataclass(frozen=True)
 class Shape:
-    """What every worker's link is limited to. Rates in Mbit/s, 0 = no limit; ``delay`` are netem's words, if any."""
+    """What every worker's link is limited to. Rates in Mbit/s, 0 = no limit; latency one way."""
 
     egress_mbps: float
     ingress_mbps: float
@@ -50,13 +57,20 @@ class Shape:
     jitter_ms: float = 0.0
     loss_pct: float = 0.0
 
+    @property
+    def impaired(self) -> bool:
+        """Whether more than a rate is asked for."""
+        return bool(self.latency_ms or self.loss_pct)
+
     def burst(self, rate: float) -> str:
         """Small at slow rates, where a large bucket would let small messages through for free in idle gaps."""
         return f"{self.burst_kb or (4 if rate <= 100 else 256)}k"
 
 
-def check_possible() -> None:
-    """UserError that names the simulated link where this process cannot make namespaces."""
+def check_possible(workers: int = 2) -> None:
+    """UserError that names the simulated link where this process cannot make namespaces, or not so many."""
+    if workers > MOST_WORKERS:
+        raise UserError("workers", workers, f"at most {MOST_WORKERS} on a real link; link=simulated takes more")
     missing = [program for program in ("ip", "tc") if shutil.which(program) is None]
     if missing:
         raise UserError("link", "real", SIMULATED, hint=f"{missing[0]} is not installed")
@@ -84,7 +98,16 @@ def _run(*command: str) -> None:
 
 def names(owner: int, workers: int) -> list[str]:
     """The namespaces of a process: the bridge's, then one for each worker."""
-    return [f"{PREFIX}{owner}b", *(f"{PREFIX}{owner}w{w}" for w in range(workers))]
+    own = f"{PREFIX}{owner}t{_began(owner)}"
+    return [f"{own}b", *(f"{own}w{w}" for w in range(workers))]
+
+
+def _began(process: int) -> int:
+    """When a process began, in clock ticks since the machine did; 0 where there is no such process."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0
 
 
 def sweep() -> list[str]:
@@ -93,9 +116,8 @@ def sweep() -> list[str]:
         return []
     found = []
     for path in sorted(FOLDER.iterdir()):
-        digits = path.name.removeprefix(PREFIX)
-        owner = "".join(c for i, c in enumerate(digits) if digits[: i + 1].isdigit())
-        if path.name.startswith(PREFIX) and owner and not Path(f"/proc/{owner}").exists():
+        own = NAME.fullmatch(path.name)
+        if own and _began(int(own[1])) != int(own[2]):
             subprocess.run(["ip", "netns", "del", path.name], capture_output=True, check=False)
             found.append(path.name)
     return found
@@ -110,7 +132,7 @@ def network(workers: int, shape: Shape) -> Iterator[list[str]]:
     Raises:
         UserError: without the privileges or programs. StudyError: where the kernel refuses a command.
     """
-    check_possible()
+    check_possible(workers)
     sweep()
     own = names(os.getpid(), workers)
     guard = subprocess.Popen(
@@ -124,6 +146,10 @@ def network(workers: int, shape: Shape) -> Iterator[list[str]]:
         _build(own, shape)
         yield own[1:]
     finally:
+        carrier = _CARRIERS.pop(own[1], None)
+        if carrier is not None:
+            with carrier:  # waits
+                pass
         for name in own:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         assert guard.stdin is not None
@@ -138,14 +164,57 @@ def _build(own: list[str], shape: Shape) -> None:
         _run("ip", "-n", name, "link", "set", "lo", "up")
     _run("ip", "-n", bridge, "link", "add", "br0", "type", "bridge")
     _run("ip", "-n", bridge, "link", "set", "br0", "up")
+    if shape.impaired and not _has_netem(bridge):
+        _carry(ends, shape)
+        change(ends, shape)
+        return
     for w, end in enumerate(ends):
         port = f"port{w}"
         _run("ip", "-n", bridge, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", end)
         _run("ip", "-n", bridge, "link", "set", port, "master", "br0", "up")
         _run("ip", "-n", end, "addr", "add", f"10.77.0.{w + 1}/24", "dev", "eth0")
         _run("ip", "-n", end, "link", "set", "eth0", "up")
-        limit(end, "eth0", shape.egress_mbps, shape)
-        limit(bridge, port, shape.ingress_mbps, shape)
+    change(ends, shape)
+
+
+def change(ends: list[str], shape: Shape) -> None:
+    """Give the links of workers in the namespaces ``ends`` other limits while they are in use."""
+    bridge, carrier = ends[0].rpartition("w")[0] + "b", _CARRIERS.get(ends[0])
+    for w, end in enumerate(ends):
+        limit(end, "eth0", shape.egress_mbps, replace(shape, latency_ms=0, loss_pct=0) if carrier else shape)
+        if carrier is None:
+            limit(bridge, f"port{w}", shape.ingress_mbps, shape)
+    if carrier is not None:
+        assert carrier.stdin is not None
+        carrier.stdin.write(f"{shape.ingress_mbps}\n")
+        carrier.stdin.flush()
+
+
+_CARRIERS: dict[str, subprocess.Popen] = {}  # first namespace -> the process that carries packets, without netem
+
+
+def _has_netem(namespace: str) -> bool:
+    """Whether this kernel can delay and lose packets, tried in a namespace of ours."""
+    tried = ["ip", "netns", "exec", namespace, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+    return subprocess.run(tried, capture_output=True, check=False).returncode == 0
+
+
+def _carry(ends: list[str], shape: Shape) -> None:
+    """Join the namespaces by a process that carries packets between tun devices."""
+    settings = {"latency_ms": shape.latency_ms, "jitter_ms": shape.jitter_ms, "loss_pct": shape.loss_pct}
+    command = [sys.executable, str(Path(__file__).with_name("tun_link.py"))]
+    carrier = subprocess.Popen(
+        [*command, json.dumps({**settings, "rate": shape.ingress_mbps}), *ends],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _CARRIERS[ends[0]] = carrier
+    assert carrier.stdout is not None and carrier.stderr is not None
+    if carrier.stdout.readline() != "up\n":
+        why = carrier.stderr.read().strip().splitlines()[-1:]
+        raise StudyError(f"a link in user space: {''.join(why)}; link=simulated needs neither netem nor /dev/net/tun")
 
 
 def limit(namespace: str, device: str, rate_mbps: float, shape: Shape) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.protocols import RankCosts, RankMoment, Ranks
 from ..core.tree import Tree
+from .powersgd import saves
 
 FORCE_MAX, KEEP, CRITICAL, STABLE = "force_max", "keep", "critical", "stable"
 
@@ -237,25 +238,46 @@ class Calibration:
         memory["send_s"].fill_(costs.send_s(pick, moment.step))
 
 
-def spread(energy: Mapping[str, Sequence[float]], costs: Mapping[str, float], budget: float) -> dict[str, int]:
+def spread(
+    energy: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], budget: float
+) -> dict[str, int]:
     """Ranks of the matrices that keep the most ``energy`` within ``budget``.
 
-    ``energy``: name -> what the first, second, … direction adds, falling; ``costs``: name -> price of one rank; in
-    the unit of ``budget``. Every matrix gets rank 1; what is left goes to whichever direction adds most for its price.
-    For falling energies this is the best choice at every total price it passes through.
+    ``energy``: name -> what the first, second, … direction adds, falling; ``costs``: name -> price of rank 1, 2, …,
+    never falling, in the unit of ``budget``. Every matrix gets rank 1; what is left goes to whichever step up adds
+    most for its price. A step takes in the ranks that cost no more than its first, as all do once a matrix travels
+    whole. For falling energies and prices that rise evenly this is the best choice at every total price it passes
+    through.
     """
-    ranks = dict.fromkeys(energy, 1)
-    left = budget - sum(costs[name] for name in energy)
-    heap = [(-values[1] / costs[name], name) for name, values in energy.items() if len(values) > 1]
-    heapq.heapify(heap)
-    while heap:
-        _, name = heapq.heappop(heap)
-        if costs[name] > left:
-            continue
-        left -= costs[name]
-        ranks[name] += 1
+
+    def step(name: str, rank: int) -> tuple[int, float, float]:
+        """The rank after the next step from ``rank``, its price and what it adds."""
+        prices = costs[name]
+        up = rank + 1
+        while up < len(energy[name]) and prices[up] <= prices[up - 1]:
+            up += 1
+        return up, prices[up - 1] - (prices[rank - 1] if rank else 0.0), sum(energy[name][rank:up])
+
+    ranks: dict[str, int] = {}
+    left = budget
+    heap: list[tuple[float, str, int, float]] = []
+
+    def offer(name: str) -> None:
         if ranks[name] < len(energy[name]):
-            heapq.heappush(heap, (-energy[name][ranks[name]] / costs[name], name))
+            up, price, gain = step(name, ranks[name])
+            heapq.heappush(heap, (-gain / max(price, 1e-300), name, up, price))
+
+    for name in energy:
+        ranks[name], price, _ = step(name, 0)
+        left -= price
+        offer(name)
+    while heap:
+        _, name, up, price = heapq.heappop(heap)
+        if price > left:
+            continue
+        left -= price
+        ranks[name] = up
+        offer(name)
     return ranks
 
 
@@ -264,9 +286,9 @@ class Budget:
     """Ranks per matrix within a budget of bytes (or of seconds) per update, spread by how much each direction holds.
 
     For the first ``look`` updates of every ``every`` all matrices have rank ``most``; the squared singular values of
-    what is applied, averaged over these updates, are the energies :func:`spread` goes by until the next look. A budget
-    too small for rank 1 everywhere gives rank 1. Memory: ``energy`` (name -> float64 ``[1, most]``), ``rank`` (name ->
-    int64).
+    what is applied, averaged over these updates, are the energies :func:`spread` goes by until the next look. A matrix
+    whose factors would not be small enough travels whole and costs what it then does. A budget too small for rank 1
+    everywhere gives rank 1. Memory: ``energy`` (name -> float64 ``[1, most]``), ``rank`` (name -> int64).
     """
 
     def __init__(
@@ -291,7 +313,7 @@ class Budget:
                 memory["energy"][name].zero_()
         elif at == self.look:
             energy = {name: e[0].tolist() for name, e in memory["energy"].items()}
-            for name, rank in spread(energy, self._prices(costs, moment), self._spendable(costs, moment)).items():
+            for name, rank in spread(energy, *self._prices(costs, moment)).items():
                 memory["rank"][name].fill_(rank)
         return {name: int(rank) for name, rank in memory["rank"].items()}
 
@@ -311,17 +333,17 @@ class Budget:
                 found = torch.linalg.svdvals(held.nan_to_num()).square()[:, : energy.shape[1]]
                 energy[:, : found.shape[1]] += found / self.look
 
-    def _prices(self, costs: RankCosts, moment: RankMoment) -> dict[str, float]:
-        """Bytes, or seconds, that one rank more of each matrix costs."""
-        if self.unit == "bytes":
-            return {name: float(costs.element_size * (n + m)) for name, (n, m) in costs.shapes.items()}
+    def _prices(self, costs: RankCosts, moment: RankMoment) -> tuple[dict[str, list[float]], float]:
+        """Bytes, or seconds above those of rank 1 everywhere, of each matrix at each rank; and the budget for them."""
         ones = dict.fromkeys(costs.shapes, 1)
         base = costs.send_s(ones, moment.step)
-        return {name: max(costs.send_s({**ones, name: 2}, moment.step) - base, 1e-12) for name in ones}
 
-    def _spendable(self, costs: RankCosts, moment: RankMoment) -> float:
-        """The budget without what no rank changes: of seconds, those of what travels whole and of the latency."""
-        if self.unit == "bytes":
-            return self.budget
-        ones = dict.fromkeys(costs.shapes, 1)
-        return self.budget - costs.send_s(ones, moment.step) + sum(self._prices(costs, moment).values())
+        def price(name: str, rank: int) -> float:
+            if self.unit == "seconds":
+                return max(costs.send_s({**ones, name: rank}, moment.step) - base, 0.0)
+            n, m = costs.shapes[name]
+            return float(costs.element_size * (rank * (n + m) if saves(n, m, rank, costs.min_rate) else n * m))
+
+        most = {name: min(self.most, *shape) for name, shape in costs.shapes.items()}
+        found = {name: [price(name, rank + 1) for rank in range(held)] for name, held in most.items()}
+        return found, self.budget - (base if self.unit == "seconds" else 0.0)

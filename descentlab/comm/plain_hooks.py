@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torchs
 
-from .hook import Bucket, BucketHook, Marks
+from .hook import Bucket, BucketHook, BucketTimes, Marks
 from .powersgd import numbers_sent
 
 
@@ -16,9 +16,12 @@ from .powersgd import numbers_sent
 class AllReduceHook(BucketHook):
     """What DDP does without a hook, timed and counted."""
 
+    overlaps = True  # as DDP's own: nothing is computed that could want the core
+
     def exchange(self, bucket: Bucket, marks: Marks) -> None:
         """See :class:`BucketHook`."""
-        self.reduce(bucket.buffer)
+        for buffer in bucket.buffers:
+            self.reduce(buffer)
         marks.mark("collective_s")
 
     def _start(self, params: dict[str, Tensor]) -> None:
@@ -48,7 +51,7 @@ class TorchPowerSGDHook:
             min_compression_rate=min_compression_rate,
             random_seed=seed,
         )
-        self.iteration = self.bytes_sent = self.messages = 0
+        self.iteration = self.bytes_sent = self.messages = self.gathered = 0
         self._sizes = (0, 0)
         self._whole = self._element = 0
 
@@ -64,6 +67,10 @@ class TorchPowerSGDHook:
     def timings(self) -> dict[str, float]:
         """Nothing: its parts cannot be told apart."""
         return {}
+
+    def buckets(self) -> list[BucketTimes]:
+        """Nothing, likewise."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """What it keeps, with the counts."""

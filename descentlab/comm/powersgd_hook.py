@@ -18,16 +18,28 @@ from .powersgd import as_matrix, columns, orthonormal, rank_of, saves
 
 @dataclass
 class _Group:
-    """Matrices of one shape and rank: residuals ``e`` ``[G, n, m]``; ``p`` and ``q`` are views of the messages."""
+    """Matrices of one shape and rank: residuals ``e`` ``[G, n, m]``; ``p`` ``[G, r, n]`` and ``q`` ``[G, r, m]`` are
+    views of the messages, transposed because products with a matrix stored by rows are several times faster so."""
 
     names: list[str]
     e: Tensor
     p: Tensor
     q: Tensor
 
-    def each(self) -> list[Tensor]:
-        """The residual of every matrix, as views."""
-        return list(self.e.unbind(0))
+    def __post_init__(self) -> None:
+        self.each = list(self.e.unbind(0))  # views
+
+    def left(self) -> None:
+        """P = E Q."""
+        if self.q.shape[1] == 1:  # one layout is as good as the other, and products with vectors have a routine
+            torch.bmm(self.e, self.q.mT, out=self.p.view(*self.p.shape[::2], 1))
+        else:
+            torch.bmm(self.q, self.e.mT, out=self.p)
+
+    def right(self) -> None:
+        """Orthonormal P, and Q = E^T P."""
+        self.p.copy_(orthonormal(self.p.mT).mT)
+        torch.bmm(self.p, self.e, out=self.q)
 
 
 @dataclass
@@ -68,7 +80,7 @@ class PowerSGDHook(BucketHook):
         warm_start: bool = True,
         seed: int = 0,
         replicate: int = 0,
-        overlap: bool = True,
+        overlap: bool | None = None,
         process_group: Any = None,
     ) -> None:
         super().__init__(overlap=overlap, process_group=process_group)
@@ -140,7 +152,8 @@ class PowerSGDHook(BucketHook):
     def exchange(self, bucket: Bucket, marks: Marks) -> None:
         """See :class:`BucketHook`: Algorithm 1 for all matrices of the bucket at once."""
         if self.iteration < self.start_iteration:
-            self.reduce(bucket.buffer)
+            for buffer in bucket.buffers:
+                self.reduce(buffer)
             marks.mark("collective_s")
             return
         layout = self._layout(bucket)
@@ -154,8 +167,7 @@ class PowerSGDHook(BucketHook):
             torch._foreach_copy_(whole, list(parts))
         if layout.groups:
             for group in layout.groups:
-                group.p.copy_(orthonormal(group.p))
-                torch.bmm(group.e.mT, group.p, out=group.q)
+                group.right()
             marks.mark("compress_s")
             self.reduce(layout.second)
             marks.mark("collective_s")
@@ -172,26 +184,25 @@ class PowerSGDHook(BucketHook):
         for group in layout.groups:
             grads = [bucket.grads[name].view(group.e.shape[1:]) for name in group.names]
             if self.error_feedback:
-                torch._foreach_add_(group.each(), grads)
+                torch._foreach_add_(group.each, grads)
             else:
-                torch._foreach_copy_(group.each(), grads)
+                torch._foreach_copy_(group.each, grads)
             if not self.warm_start and self.iteration > 0:
                 self._redraw(group)
-            torch.bmm(group.e, group.q, out=group.p)
+            group.left()
 
     def _redraw(self, group: _Group) -> None:
-        m, rank = group.q.shape[1:]
+        rank, m = group.q.shape[1:]
         for i, name in enumerate(group.names):
             drawn = columns(f"{name}/{self.iteration}", m, range(rank), self._streams, self._replicate)
-            group.q[i].copy_(drawn[0])
+            group.q[i].copy_(drawn[0].mT)
 
     def _decompress(self, bucket: Bucket, layout: _Layout) -> None:
         """Write P Q^T over the gradients; what it leaves out is owed."""
         for group in layout.groups:
-            grads = [bucket.grads[name].view(group.e.shape[1:]) for name in group.names]
-            for i, g in enumerate(grads):
-                torch.mm(group.p[i], group.q[i].mT, out=g)
-            torch._foreach_sub_(group.each(), grads)
+            for name, p, q in zip(group.names, group.p, group.q, strict=True):
+                torch.mm(p.mT, q, out=bucket.grads[name].view(group.e.shape[1:]))
+            group.e.baddbmm_(group.p.mT, group.q, alpha=-1)
 
     def _layout(self, bucket: Bucket) -> _Layout:
         key = tuple(bucket.grads)
@@ -212,18 +223,18 @@ class PowerSGDHook(BucketHook):
             else:
                 whole.append(name)
         sizes = sum(bucket.grads[name].numel() for name in whole)
-        like = bucket.buffer
+        like = bucket.buffers[0]
         first = like.new_empty(sizes + sum(len(names) * n * r for (n, _, r), names in low.items()))
         second = like.new_empty(sum(len(names) * m * r for (_, m, r), names in low.items()))
         groups, at, to = [], sizes, 0
         for (n, m, r), names in low.items():
             g = len(names)
-            p, q = first[at : at + g * n * r].view(g, n, r), second[to : to + g * m * r].view(g, m, r)
+            p, q = first[at : at + g * n * r].view(g, r, n), second[to : to + g * m * r].view(g, r, m)
             at, to = at + g * n * r, to + g * m * r
             e = torch.stack([self.residual(name) for name in names])
             for i, name in enumerate(names):
-                q[i].copy_(self.q(name))
-                self._q[name], self._residual[name] = q[i], e[i]
+                q[i].copy_(self.q(name).mT)
+                self._q[name], self._residual[name] = q[i].mT, e[i]
             groups.append(_Group(names, e, p, q))
         return _Layout(whole, groups, first, second)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -101,6 +101,7 @@ class CalibratedRank(Option):
 class BudgetRank(Option):
     """Ranks per matrix within a budget per update, spread by how much of the gradient each direction holds."""
 
+    semantics: ClassVar[int] = 2
     name: Literal["budget"] = "budget"
     kilobytes: PositiveFloat | None = Field(None, description="of low-rank factors one worker may send in one update")
     milliseconds: PositiveFloat | None = Field(None, description="that sending may take; given instead of kilobytes")

@@ -121,13 +121,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny/resnet_18": {"model": "resnet18"},
     "tiny/resnet_34": {"model": "resnet34"},
     "tiny/resnet_50": {"model": "resnet50"},
+    "tiny/resnet_101": {"model": "resnet101"},
+    "tiny/resnet_152": {"model": "resnet152"},
     **{f"tiny/vgg_{depth}": {"model": f"vgg{depth}"} for depth in (11, 13, 16, 19)},
 }
 WRN = re.compile(r"tiny/wrn_(\d+)_(\d+)(?:_(0?\.\d+))?")  # depth, widening, dropout
 
 
 def dataset(name: Any, folder: Any) -> dict[str, Any]:
-    """The dataset ``libsvm/NAME`` or ``timm/…/NAME``; other libsvm names are files below ``data_dir``."""
+    """The dataset ``libsvm/NAME`` or ``timm/…/NAME``; names without a counterpart here are files below ``data_dir``, or
+    opened by timm there."""
     kind, _, rest = str(name).partition("/")
     if kind == "libsvm" and rest:
         known = rest.removesuffix(".binary")
@@ -135,7 +138,9 @@ def dataset(name: Any, folder: Any) -> dict[str, Any]:
     last = rest.rpartition("/")[2].lower()
     if kind == "timm" and last in IMAGES:
         return {"dataset": IMAGES[last], "dataset.validation": 0}
-    expected = f"libsvm/NAME, or timm/torch/NAME with one of {', '.join(sorted(set(IMAGES.values())))}"
+    if kind == "timm" and rest.startswith("torch/"):
+        return {"dataset": "timm", "dataset.dataset": rest, "dataset.root": str(folder)}
+    expected = "libsvm/NAME or timm/torch/NAME"
     raise UserError("dataset", name, expected)
 
 

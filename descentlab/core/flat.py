@@ -7,12 +7,22 @@ The tensors of the tree are views, so whoever changes them in place need not kno
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from .tree import Tree, take
+
+REMEMBERED_ELEMENTS = 2**18  # of larger tensors the base is looked for each time: that is nothing beside using them
+_remembered: deque[tuple[list[Tensor], Tensor]] = deque(maxlen=12)  # columns and their base, the latest first
+
+
+def _remember(tensors: list[Tensor], base: Tensor) -> None:
+    if tensors and base.numel() <= REMEMBERED_ELEMENTS:
+        _remembered.appendleft((tensors, base))
 
 
 def base_of(tree: Mapping[str, Tensor]) -> Tensor | None:
@@ -23,6 +33,19 @@ def base_of(tree: Mapping[str, Tensor]) -> Tensor | None:
     tensors = list(tree.values())
     if not tensors:
         return None
+    for place, (known, base) in enumerate(_remembered):
+        if known[0] is tensors[0] and len(known) == len(tensors) and all(map(is_, known, tensors)):
+            if place:
+                del _remembered[place]
+                _remembered.appendleft((known, base))
+            return base
+    found = _base_of(tensors)
+    if found is not None:
+        _remember(tensors, found)
+    return found
+
+
+def _base_of(tensors: list[Tensor]) -> Tensor | None:
     first = tensors[0]
     members, kind, at = len(first), first.dtype, first.data_ptr()
     width = sum(math.prod(t.shape[1:]) for t in tensors)
@@ -43,7 +66,10 @@ def base_of(tree: Mapping[str, Tensor]) -> Tensor | None:
 def split(base: Tensor, like: Mapping[str, Tensor]) -> Tree:
     """The columns of ``base`` ``[M, P]`` as a tree with the names and shapes of ``like``, but for its members."""
     parts = base.split([math.prod(t.shape[1:]) for t in like.values()], dim=1)
-    return {name: part.view(len(base), *t.shape[1:]) for part, (name, t) in zip(parts, like.items(), strict=True)}
+    made = {name: part.view(len(base), *t.shape[1:]) for part, (name, t) in zip(parts, like.items(), strict=True)}
+    if base.is_contiguous():
+        _remember(list(made.values()), base.detach())
+    return made
 
 
 def joined(tree: Mapping[str, Tensor]) -> Tensor:

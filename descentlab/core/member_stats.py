@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ class _Stats:
         others = self._before.rows(minus) if minus is not None else None
         norm, nonfinite = torch.empty(members, dtype=torch.float64), torch.empty(members, dtype=torch.int64)
         to = (others.strides, others.addresses) if others is not None else (None, None)
-        sizes = (ctypes.c_int64 * len(held.tensors))(*(math.prod(t.shape[1:]) for t in held.tensors))
+        sizes = held.sizes
         self._norms(
             ctypes.c_int64(members), len(sizes), sizes, held.strides, held.addresses, *to, _at(norm), _at(nonfinite)
         )
@@ -89,8 +88,7 @@ class _Stats:
     def largest(self, tensors: Sequence[Tensor]) -> Tensor:
         members, held = len(tensors[0]), self._slots.rows(tensors)
         top = torch.empty(members, dtype=torch.float64)
-        sizes = (ctypes.c_int64 * len(held.tensors))(*(math.prod(t.shape[1:]) for t in held.tensors))
-        self._largest(ctypes.c_int64(members), len(sizes), sizes, held.strides, held.addresses, _at(top))
+        self._largest(ctypes.c_int64(members), len(held.sizes), held.sizes, held.strides, held.addresses, _at(top))
         return top
 
 

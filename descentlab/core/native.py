@@ -121,6 +121,11 @@ class Rows:
         self.addresses = pointers(self.tensors)
         self.strides = (ctypes.c_int64 * len(self.tensors))(*(t.stride(0) for t in self.tensors))
 
+    @functools.cached_property
+    def sizes(self) -> ctypes.Array:
+        """Elements of one member of each."""
+        return (ctypes.c_int64 * len(self.tensors))(*(math.prod(t.shape[1:]) for t in self.tensors))
+
 
 KEPT_ELEMENTS = 2**20  # tensors of more elements are not kept alive for the next call: finding them is nothing there
 

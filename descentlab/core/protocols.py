@@ -427,12 +427,14 @@ class RankPolicy(Protocol):
 @dataclass(frozen=True)
 class RankCosts:
     """What a policy may know of an update at some ranks: seconds of computation, and of sending what the ranks make
-    the workers send (over the link as it is at that step); bytes that a rank adds for one matrix."""
+    the workers send (over the link as it is at that step); and of the matrices what their bytes follow from: one
+    travels whole unless its factors are ``min_rate`` times smaller."""
 
     compute_s: float
     send_s: Callable[[Ranks, int], float]  # (ranks, step)
     shapes: Mapping[str, tuple[int, int]]  # matrices, name -> (n, m)
     element_size: int = 4
+    min_rate: float = 1.0
 
 
 @runtime_checkable
@@ -462,5 +464,5 @@ class ModuleMaker(Protocol):
 def isolated_init(make: ModuleMaker, seed: int, dtype: torch.dtype) -> nn.Module:
     """``make()`` under a private torch seed; the global generator is left as it was found."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a traceback for every absent accelerator
         return make().to(dtype)

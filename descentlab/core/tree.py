@@ -22,7 +22,7 @@ def tree_map(f: Callable[..., Tensor], tree: Mapping[str, Any], *rest: Mapping[s
 def leaves(tree: Mapping[str, Any]) -> Iterator[Tensor]:
     """Every tensor of the tree, in insertion order."""
     for value in tree.values():
-        if isinstance(value, Mapping):
+        if not isinstance(value, Tensor) and isinstance(value, Mapping):  # the first question is the cheap one
             yield from leaves(value)
         else:
             yield value

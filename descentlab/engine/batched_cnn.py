@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ..core.opmode import Ops
 from ..core.protocols import Batch, Grads, Selection, Work
 from ..core.state import State
 from ..core.tree import Tree, clone
+from .native import places
 
 SOURCE = Path(__file__).with_name("plain_cnn.c")
 EVALUATED_AT_ONCE = 64
@@ -174,14 +176,19 @@ class CnnKernel:
         )
         return loss, accuracy
 
-    def evaluate(self, net: Convolutions, params: Tree, stats: Tree, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy ``[M]`` on all of ``x`` ``[n, …]``, ``y`` ``[n]``, with the running statistics."""
+    def evaluate(
+        self, net: Convolutions, params: Tree, stats: Tree, x: Tensor, y: Tensor, only: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy ``[M]`` on all of ``x`` ``[n, …]``, ``y`` ``[n]``, with the running statistics.
+        ``only``: of these members alone, ``[len(only)]``."""
         x, y = x.contiguous(), y.contiguous()
         held, kept = Rows([params[n] for n in net.params]), Rows([*stats.values()])
-        members = len(held.tensors[0])
+        there = len(held.tensors[0])
+        members = there if only is None else len(only)
         loss, accuracy = (torch.empty(members, dtype=torch.float64) for _ in range(2))
         self._evaluate(
             members,
+            places(only, there),
             ctypes.c_int64(len(x)),
             EVALUATED_AT_ONCE,
             *self._shape(net),
@@ -231,6 +238,12 @@ class BatchedCnn:
             return None
         return cnn_kernel(x.dtype)
 
+    def apart(self, view: State, batch: Batch) -> bool:
+        """Whether :meth:`work` takes one member after the other into tensors of its own making."""
+        if not isinstance(batch, Selection) or self.net.alone(batch.index.shape[1]):
+            return False
+        return self._native(batch.source[0]) is not None
+
     @torch.no_grad()
     def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads:
         """See :class:`~descentlab.core.protocols.Work`."""
@@ -259,8 +272,13 @@ class BatchedCnn:
     @torch.no_grad()
     def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~descentlab.core.protocols.Work`."""
+        return self.evaluate_some(view, None, x, y)
+
+    @torch.no_grad()
+    def evaluate_some(self, view: State, members: Sequence[int] | None, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`evaluate` of some members alone, ``[len(members)]``."""
         native = self._native(x)
         if native is None:
-            return self.evaluator.evaluate(view, x, y)
+            return self.evaluator.evaluate(view if members is None else view.take(members), x, y)
         stats = {name: view.buffers[name] for name in self.net.stats}
-        return native.evaluate(self.net, view.params, stats, x.flatten(1), y)
+        return native.evaluate(self.net, view.params, stats, x.flatten(1), y, members)

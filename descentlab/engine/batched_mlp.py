@@ -18,7 +18,7 @@ compiled code (:mod:`.native`) where the machine has a C compiler; its float32 r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +138,10 @@ class BatchedMlp:
             return None
         return kernel(x.dtype)
 
+    def apart(self, view: State, batch: Batch) -> bool:
+        """Whether :meth:`work` takes one member after the other into tensors of its own making."""
+        return isinstance(batch, Selection) and self._native(batch.source[0], view.params) is not None
+
     def _compiled(self, native: Kernel, params: Tree, batch: Selection) -> Grads:
         x, y = batch.source
         first = next(iter(params.values()))
@@ -156,16 +160,22 @@ class BatchedMlp:
     @torch.no_grad()
     def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~descentlab.core.protocols.Work`."""
+        return self.evaluate_some(view, None, x, y)
+
+    @torch.no_grad()
+    def evaluate_some(self, view: State, members: Sequence[int] | None, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`evaluate` of some members alone, ``[len(members)]``."""
         if (native := self._native(x, view.params)) is not None:
-            return native.evaluate(*self._network(view.params), x.flatten(1), y)
+            return native.evaluate(*self._network(view.params), x.flatten(1), y, members)
+        view = view if members is None else view.take(members)
         widest = max(view.params[layer.bias].shape[1] for layer in self.layers)
         chunk = max(1, self.EVALUATE_ELEMENTS // (len(x) * widest))
         inputs, parts = x.flatten(1).t(), []
         for a in range(0, view.members, chunk):
             params = {k: p[a : a + chunk] for k, p in view.params.items()}
-            members = min(chunk, view.members - a)
-            _, outputs = self._forward(params, inputs.expand(members, *inputs.shape))
-            parts.append(_cross_entropy(outputs[-1], y.expand(members, 1, -1))[:2])
+            count = min(chunk, view.members - a)
+            _, outputs = self._forward(params, inputs.expand(count, *inputs.shape))
+            parts.append(_cross_entropy(outputs[-1], y.expand(count, 1, -1))[:2])
         losses, accuracies = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(accuracies)
 

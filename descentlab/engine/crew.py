@@ -100,14 +100,15 @@ class Crew:
         """How many workers are not up yet."""
         return sum(not m.ready for m in self.members)
 
-    def give(self, worker: int, task: Header, given: Tree) -> None:
-        """Send ``task`` with the weights and buffers ``given``."""
+    def give(self, worker: int, task: Header, given: Tree) -> Tree:
+        """Send ``task`` with the weights and buffers ``given``; the copy of these that is good until the next one."""
         memory = self._memory[worker]
         if memory.task is None:
             memory.task = self.task.views(self.hub.outbox(worker))
         torch._foreach_copy_(memory.task.all, list(leaves(given)))
         self.members[worker].task = task._replace(kind=TASK, size=self.task.size)
         self._send(worker)
+        return memory.task.tree
 
     def repeat(self, worker: int, why: str) -> None:
         """Give the same task again, or the worker's place to another after :data:`SLIPS` times."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -20,16 +20,17 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.opmode import OpMode, Ops
-from ..core.protocols import AdaptiveRankPolicy, Grads, RankCosts, RankMoment, Ranks
+from ..core.protocols import AdaptiveRankPolicy, Grads, RankMoment, Ranks
 from ..core.ring import all_reduce_s
 from ..core.state import State
 from ..core.tree import Tree, tree_map
 from .driver import Engine, Round
+from .environment import Environment, LinkWatch, measure_environment, timed, told
 from .work import MemberWork
 
 BUSY = ("compress_s", "collective_s", "decompress_s")
 _DDP = inspect.signature(DistributedDataParallel).parameters
-PROBE_BYTES = 2**18  # of the large message; 0.1 s at 20 Mbit/s
+TOLERANCE = 0.25  # relative change of the time of sending after which a policy without one of its own measures again
 
 
 class Hook(Protocol):
@@ -37,6 +38,7 @@ class Hook(Protocol):
 
     bytes_sent: int
     messages: int
+    gathered: int
 
     def attach(self, model: DistributedDataParallel) -> Any: ...
 
@@ -46,41 +48,9 @@ class Hook(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    def buckets(self) -> list[Any]: ...
+
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What the processes' link does: seconds of a message of eight bytes, Mbit/s of one of 256 kB. (An all-reduce of
-    W processes; both as of one hop of a ring.)"""
-
-    latency_s: float
-    bandwidth_mbps: float
-
-
-def measure_environment(warmup: int = 1, repeats: int = 10) -> Environment:
-    """Medians over ``repeats`` small all-reduces and a third as many large ones, after ``warmup`` that do not count; on
-    every process at once."""
-    world = dist.get_world_size()
-    small = _median_s(torch.zeros(1, dtype=torch.float64), warmup, repeats)
-    large = _median_s(torch.zeros(PROBE_BYTES, dtype=torch.uint8), min(warmup, 1), -(-repeats // 3))
-    found = torch.tensor([small, large], dtype=torch.float64)
-    dist.broadcast(found, 0)
-    small, large = found.tolist()
-    hops = max(1, 2 * (world - 1))
-    carried = hops / world * PROBE_BYTES
-    return Environment(small / hops, 8 * carried / max(large - small, 1e-9) / 1e6)
-
-
-def _median_s(tensor: Tensor, warmup: int, repeats: int) -> float:
-    found = []
-    for i in range(warmup + repeats):
-        dist.barrier()
-        started = time.perf_counter()
-        dist.all_reduce(tensor)
-        if i >= warmup:
-            found.append(time.perf_counter() - started)
-    return float(np.median(found))
 
 
 @final
@@ -88,8 +58,9 @@ def _median_s(tensor: Tensor, warmup: int, repeats: int) -> float:
 class Distributed(Engine):
     """Runs one run as process ``rank`` of the process group; process 0 measures and keeps the rows.
 
-    ``hook`` exchanges gradients while the backward pass goes on; ``environment`` is for policies that weigh times. A
-    run without planned perturbations; what else it refuses is in :mod:`descentlab.engine.support`.
+    ``hook`` exchanges gradients; ``environment`` is for policies that weigh times, and ``measured`` says at which
+    updates they had the link measured again. A run without planned perturbations; what else it refuses is in
+    :mod:`descentlab.engine.support`.
     """
 
     hook: Hook = field(kw_only=True)
@@ -113,14 +84,17 @@ class Distributed(Engine):
         self.model = DistributedDataParallel(self.module, **settings)
         self.hook.attach(self.model)
         self._elapsed, self._started = float(self.state.clock["virtual_s"][0]), 0.0
-        self._compute_s = self.parts.compute_s
+        self._compute_s = 0.0  # measured before a policy first asks, then a running mean of the updates
+        self._watch = LinkWatch()
+        self.measured: list[tuple[int, Environment]] = []
         self._last: RankMoment | None = None
         self._asked: Ranks | None = None
 
     def initial_state(self) -> State:
         state = super().initial_state()
         times = {key: torch.zeros(1, dtype=torch.float64) for key in ("compute_s", "exposed_s", *BUSY)}
-        link = {"seconds": torch.zeros(1, dtype=torch.float64), "messages": torch.zeros(1, dtype=torch.int64)}
+        count = torch.zeros(1, dtype=torch.int64)
+        link = {"seconds": count.double(), "messages": count, "gathered": count.clone()}
         kept = {key: value for key, value in state.shared.items() if key in ("policy",)}
         worker = {**state.worker, "memory": {}}
         return State(state.server, worker, {**kept, "times": times, "link": link}, state.clock)
@@ -145,9 +119,8 @@ class Distributed(Engine):
         looks = getattr(policy, "looks", None)
         if self._last is not None and looks is not None and not looks(moment, self._last):
             return
-        due = getattr(policy, "weighs_again", None)
-        if self._last is not None and due is not None and due(moment, self._last):
-            self.environment = measure_environment(*getattr(policy, "measuring", ()))
+        if isinstance(policy, AdaptiveRankPolicy):
+            self._weigh(policy, moment)
         self._last = moment
         names = [name for name, p in self._named.items() if p.dim() > 1]
         if not isinstance(policy, AdaptiveRankPolicy):  # a function of the moment, which all processes know
@@ -161,6 +134,44 @@ class Distributed(Engine):
         dist.broadcast(told, 0)
         self._set_ranks(dict(zip(names, told.tolist(), strict=True)))
 
+    def _weigh(self, policy: AdaptiveRankPolicy, moment: RankMoment) -> None:
+        """Before a policy's first answer measure how long a gradient takes; before others, where it wants to weigh
+        again and the updates since have shown another speed, the link as well."""
+        asked = getattr(policy, "measuring", None)
+        if self._last is None:
+            self._compute_s = self._computing_s(*asked) if asked else self.parts.compute_s
+            return
+        due = getattr(policy, "weighs_again", None)
+        if due is None or not due(moment, self._last):
+            return
+        tolerance = getattr(policy, "tolerance", TOLERANCE)
+        changed = self.rank == 0 and self._watch.changed(self._kind, tolerance)
+        if told(float(changed)):
+            before = self._sending_s(self._asked)
+            self.environment = measure_environment(*(asked or ()))
+            self.measured.append((self.step, self.environment))
+            if self.rank == 0:
+                same = abs(self._sending_s(self._asked) - before) <= tolerance * before
+                self._watch.measured(self._kind, same)
+
+    def _computing_s(self, warmup: int, repeats: int) -> float:
+        """Median seconds of a gradient that is not sent, of the coming update's batch; the mean over processes."""
+        now = Round(np.array([[self.rank]]), np.array([[self.step]]), np.zeros(1))
+
+        def gradient() -> None:
+            self._work(now, 0)
+
+        with self.model.no_sync():
+            found = torch.tensor([timed(gradient, warmup, repeats)], dtype=torch.float64)
+        self.model.zero_grad(set_to_none=True)
+        dist.all_reduce(found)
+        return float(found) / self.world
+
+    @property
+    def _kind(self) -> Hashable:
+        """What tells updates apart that send different things."""
+        return tuple(self._asked.values()) if isinstance(self._asked, Mapping) else self._asked
+
     def _set_ranks(self, ranks: dict[str, int]) -> None:
         """A rank no matrix of this size has means what it does in lockstep: the matrix travels whole."""
         shapes = {name: (len(p), p.numel() // len(p)) for name, p in self._named.items() if name in ranks}
@@ -171,16 +182,18 @@ class Distributed(Engine):
 
     def _decide(self, policy: AdaptiveRankPolicy, moment: RankMoment) -> Ranks:
         costs = self.exchanging.costs(self.state)
-        environment = self.environment or Environment(0.0, 0.0)
+        costs = replace(costs, compute_s=self._compute_s, send_s=lambda ranks, step: self._sending_s(ranks))
+        return policy.decide(self.state.shared["policy"], moment, costs)
 
-        def seconds(ranks: Ranks, step: int) -> float:
-            requests = self.parts.compressor.requests(  # type: ignore[attr-defined]
-                {name: tuple(p.shape) for name, p in self._named.items()}, ranks, costs.element_size
-            )
-            link = (environment.bandwidth_mbps, environment.latency_s)
-            return sum(all_reduce_s(r.bytes_per_worker, self.world, *link) for r in requests)
-
-        return policy.decide(self.state.shared["policy"], moment, RankCosts(self._compute_s, seconds, costs.shapes))
+    def _sending_s(self, ranks: Ranks | None) -> float:
+        """Seconds of an update's collectives at these ranks, by the last measurement."""
+        requests = getattr(self.parts.compressor, "requests", None)
+        if ranks is None or requests is None or self.environment is None:
+            return 0.0
+        shapes = {name: tuple(p.shape) for name, p in self._named.items()}
+        link = (self.environment.bandwidth_mbps, self.environment.latency_s)
+        size = next(iter(self._named.values())).element_size()
+        return sum(all_reduce_s(r.bytes_per_worker, self.world, *link) for r in requests(shapes, ranks, size))
 
     def _work(self, now: Round, k: int) -> Grads:
         """This process's batch; the gradients that come back are already the average."""
@@ -224,11 +237,12 @@ class Distributed(Engine):
         return {} if q is None else {n: q(n).unsqueeze(0) for n, p in self._named.items() if p.dim() > 1}
 
     def _put_buffers(self, now: Round, buffers: list[Tree]) -> None:
-        """Every process keeps its own; where an evaluation is due, the server's become their average."""
+        """Every process keeps its own; where an evaluation or an average looks at them, the server's are their mean."""
         state = self.state
         for name, value in buffers[0].items() if self.world > 1 else ():
             state.worker["buffers"][name][0, self.rank] = value[0]
-        if not buffers[0] or not self.measuring.due(self.step):
+        looked_at = self.parts.average is not None or bool(self.measuring.due(self.step))
+        if not buffers[0] or not looked_at:
             tree_map(lambda t, new: t.copy_(new), state.buffers, buffers[0])
             return
         for name, value in buffers[0].items():
@@ -252,8 +266,13 @@ class Distributed(Engine):
             shared["times"][key].fill_(found.get(key, 0.0))
         shared["times"]["exposed_s"].fill_(exposed)
         shared["times"]["compute_s"].fill_(spent - exposed)
-        self._compute_s = spent - exposed if not self._compute_s else 0.9 * self._compute_s + 0.1 * (spent - exposed)
+        self._compute_s = 0.9 * self._compute_s + 0.1 * (spent - exposed)
+        if self.rank == 0 and hasattr(self.parts.rank_policy, "weighs_again"):
+            should = self._sending_s(self._asked)
+            if should > 0:
+                self._watch.note(self._kind, found.get("collective_s", 0.0) / should)
         shared["link"]["messages"].fill_(self.hook.messages)
+        shared["link"]["gathered"].fill_(self.hook.gathered)
         shared["link"]["seconds"].add_(found.get("collective_s", 0.0))
         if (factors := self._factors()) and self.rank == 0:
             shared["q"] = factors

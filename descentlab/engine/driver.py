@@ -263,6 +263,8 @@ class Engine(ABC):
             self._resize(lr)
         if self.parts.staleness_rule is not None:
             grads = [self._adjusted(now, i, g) for i, g in enumerate(grads)]
+        if self.exchanging.idle and self.parts.rank_policy is None:
+            return grads[0]
         if len(grads) == 1:  # views, no copy
             stacked = {n: g.unsqueeze(1) for n, g in grads[0].items()}
         else:

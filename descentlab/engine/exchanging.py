@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.exchange import drive, over_workers
-from ..core.protocols import AdaptiveRankPolicy, Collective, RankCosts, RankMoment, Ranks
+from ..core.protocols import AdaptiveRankPolicy, Collective, Gather, RankCosts, RankMoment, Ranks
 from ..core.state import State
 from ..core.tree import Tree, tree_map
 from .parts import Parts
@@ -21,7 +21,7 @@ class Exchanging:
     """The exchange of a block's updates; ``ranks`` are those the compressor has now, None before the first update.
 
     With a link, ``state.shared["link"]`` holds what it has cost so far: ``seconds`` float64 ``[M]`` and ``messages``
-    int64 ``[M]``, which one worker had to wait for one after the other.
+    int64 ``[M]``, which one worker had to wait for one after the other, and how many of them were ``gathered``.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -33,7 +33,7 @@ class Exchanging:
         found: Tree = {}
         if self.parts.link is not None:
             zero = torch.zeros(members, dtype=torch.int64)
-            found["link"] = {"seconds": zero.double(), "messages": zero}
+            found["link"] = {"seconds": zero.double(), "messages": zero, "gathered": zero.clone()}
         if isinstance(self.parts.rank_policy, AdaptiveRankPolicy):
             if members != 1:
                 name = type(self.parts.rank_policy).__name__
@@ -41,22 +41,28 @@ class Exchanging:
             found["policy"] = self.parts.rank_policy.start(params)
         return found
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is sent and nothing changed: one worker whose compressor leaves its gradient whole."""
+        return self.parts.workers == 1 and bool(getattr(self.parts.compressor, "whole", False))
+
     def run(self, state: State, step: int, workers: np.ndarray, grads: Tree) -> Tree:
         """The averaged gradient of the contributions ``[M, K, …]`` of ``workers`` ``[M, K]``."""
-        if self.parts.workers == 1 and getattr(self.parts.compressor, "whole", False):  # nothing is sent or changed
+        if self.idle:
             return {name: g.squeeze(1) for name, g in grads.items()}
         rows, at = torch.arange(len(workers)).unsqueeze(1), torch.from_numpy(workers)
         memory = tree_map(lambda t: t[rows, at], state.worker["memory"])
-        k, sent, seconds, messages = workers.shape[1], 0, 0.0, 0
+        k, sent, seconds, messages, gathered = workers.shape[1], 0, 0.0, 0, 0
         link = self.parts.link
 
         def answer(request: Collective) -> Any:
-            nonlocal sent, seconds, messages
+            nonlocal sent, seconds, messages, gathered
             if self.parts.workers > 1:
                 sent += request.bytes_per_worker * k
                 if link is not None:
                     seconds += link.seconds(request, k, step)
                     messages += 1
+                    gathered += isinstance(request, Gather)
             return over_workers(request)
 
         mean, memory, shared = drive(self.parts.compressor.exchange(grads, memory, state.shared), answer)
@@ -71,6 +77,7 @@ class Exchanging:
         if link is not None:
             state.shared["link"]["seconds"].add_(seconds)
             state.shared["link"]["messages"].add_(messages)
+            state.shared["link"]["gathered"].add_(gathered)
         return mean
 
     def moment(self, state: State, step: int, lr: Tensor) -> RankMoment:
@@ -113,4 +120,5 @@ class Exchanging:
             asked = requests({name: tuple(p.shape[1:]) for name, p in state.params.items()}, ranks, size)
             return sum(link.seconds(request, self.parts.workers, step) for request in asked)
 
-        return RankCosts(self.parts.compute_s, seconds, shapes, size)
+        min_rate = float(getattr(self.parts.compressor, "min_rate", 1.0))
+        return RankCosts(self.parts.compute_s, seconds, shapes, size, min_rate)

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.flat import take_rows
 from ..core.matrixop import Edit, Lanes
 from ..core.opmode import Ops, Site
 from ..core.protocols import Batch, Grads, Hit
 from ..core.state import State
-from ..core.tree import cat, tree_map
+from ..core.tree import cat, take, tree_map
 from .events import Altered
 from .parts import Parts
 from .program import Slot
@@ -40,23 +41,40 @@ class Hits:
         due: list[int],
     ) -> Grads:
         """The worker half of a step with the members ``due`` one by one and all others together; those whose data are
-        altered are a group of their own."""
+        altered are a group of their own. Where no member's numbers depend on its neighbours the others stay in their
+        places, and what was computed for those due is written over."""
         altered = [m for m in batch.members if m not in due] if isinstance(batch, Altered) else []
         rest = [m for m in range(len(slots)) if m not in due and m not in altered]
-        groups = [*([m] for m in due), *(part for part in (altered, rest) if part)]
+        apart = getattr(self.parts.many, "apart", None)
+        if rest and not altered and apart is not None and apart(view, batch):
+            result = self.parts.many.work(view, batch, Ops(masks=masks) if masks else None)
+            for m in due:
+                _write(result, m, self._alone(slots[m], step, view, batch, masks, m))
+            return result
         view = State({**view.server, "slots": {}}, clock=view.clock)  # no gradient needs them; the groups are copies
-        results = []
-        for members in groups:
-            part = {k: mask[members] for k, mask in masks.items()}
-            part_view, part_batch = view.take(members), batch.take(members)
-            if members is rest or members is altered:
-                results.append(self.parts.many.work(part_view, part_batch, Ops(masks=part) if part else None))
-                continue
-            slot = slots[members[0]]
-            self._keep_scene(slot, step, part_view, part_batch)
-            ops = Ops(self._edits(slot, step, int(view.clock["attempt"][members[0]])), part)
-            results.append(self.parts.single.work(part_view, part_batch, ops if ops.edits or ops.masks else None))
-        return _joined(results, [m for members in groups for m in members])
+        results = [self._alone(slots[m], step, view, batch, masks, m) for m in due]
+        for members in (part for part in (altered, rest) if part):
+            own = {k: mask[members] for k, mask in masks.items()}
+            several = view.take(members), batch.take(members)
+            results.append(self.parts.many.work(*several, Ops(masks=own) if own else None))
+        return _joined(results, [*due, *altered, *rest])
+
+    def _alone(
+        self, slot: Slot, step: int, view: State, batch: Batch, masks: Mapping[tuple[str, int], Tensor], m: int
+    ) -> Grads:
+        """The worker half of a step of member ``m``, which meets a perturbation or is the twin of one that does."""
+        own = State(
+            {
+                "params": take_rows(view.params, [m]),
+                "buffers": take(view.buffers, [m]),
+                "slots": {},
+                "opt_step": view.opt_step[m : m + 1],
+            }
+        )
+        part = batch.take([m])
+        self._keep_scene(slot, step, own, part)
+        ops = Ops(self._edits(slot, step, int(view.clock["attempt"][m])), {k: mask[[m]] for k, mask in masks.items()})
+        return self.parts.single.work(own, part, ops if ops.edits or ops.masks else None)
 
     def _keep_scene(self, slot: Slot, step: int, view: State, batch: Batch) -> None:
         """What a replay of the hit of one member needs: weights and buffers before it, and the batch."""
@@ -85,6 +103,13 @@ class Hits:
             return apply
 
         return {site: recorded(edit) for site, edit in ops.edits.items()}
+
+
+def _write(result: Grads, m: int, own: Grads) -> None:
+    """Member ``m`` of ``result`` becomes the one of ``own``."""
+    for tree, part in ((result.grads, own.grads), (result.buffers, own.buffers)):
+        tree_map(lambda t, new: t[m].copy_(new[0]), tree, part)
+    result.loss[m], result.accuracy[m] = own.loss[0], own.accuracy[0]
 
 
 def _joined(results: Sequence[Grads], order: Sequence[int]) -> Grads:

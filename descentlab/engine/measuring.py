@@ -98,10 +98,13 @@ class Measuring:
 
     def _scheduled(self, m: Measured, due: Sequence[int]) -> dict[str, tuple[Sequence[int], np.ndarray]]:
         """Column -> (members, values) of the observables that need an evaluation."""
-        part, test = m.state if len(due) == len(self.slots) else self._looked_at(m.state).take(due), self.parts.test
+        part, test, everyone = m.state, self.parts.test, len(due) == len(self.slots)
+        some = getattr(self.parts.evaluator, "evaluate_some", None)
+        if everyone or some is None or not all(getattr(o, "only_evaluates", False) for o in self.parts.on_schedule):
+            part, some = part if everyone else self._looked_at(part).take(due), None
 
         def evaluate(x: Tensor = test[0], y: Tensor = test[1]) -> tuple[Tensor, Tensor]:
-            return self.parts.evaluator.evaluate(part, x, y)
+            return some(part, due, x, y) if some is not None else self.parts.evaluator.evaluate(part, x, y)
 
         loss, accuracy, lr = (t[list(due)] for t in (m.loss, m.accuracy, m.lr))
         look = Measured(part, {}, loss, accuracy, lr, None, evaluate, test)

@@ -76,15 +76,23 @@ class Kernel:
         return loss, accuracy
 
     def evaluate(
-        self, silu: bool, weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor, y: Tensor
+        self,
+        silu: bool,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
+        only: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy ``[M]`` on all of ``x`` ``[n, in]``, ``y`` ``[n]``; otherwise as :meth:`step`."""
+        """Mean loss and accuracy ``[M]`` on all of ``x`` ``[n, in]``, ``y`` ``[n]``; otherwise as :meth:`step`.
+        ``only``: these members alone, ``[len(only)]``."""
         x, y = x.contiguous(), y.contiguous()
-        members, held = len(weights[0]), self._held.rows([*weights, *biases])
+        members, held = len(weights[0]) if only is None else len(only), self._held.rows([*weights, *biases])
         loss, accuracy = (torch.empty(members, dtype=torch.float64) for _ in range(2))
         widths, scratch = self._room(EVALUATED_AT_ONCE, x, weights)
         self._evaluate(
             members,
+            places(only, len(weights[0])),
             ctypes.c_int64(len(x)),
             EVALUATED_AT_ONCE,
             len(weights),
@@ -108,6 +116,15 @@ class Kernel:
         if self._scratch.numel() < size + 64:
             self._scratch = torch.empty(size + 64, dtype=torch.uint8)
         return -(-self._scratch.data_ptr() // 64) * 64
+
+
+def places(only: Sequence[int] | None, members: int) -> ctypes.Array | None:
+    """Members as an argument of a compiled evaluation; IndexError for one that is not there."""
+    if only is None:
+        return None
+    if only and not 0 <= min(only) <= max(only) < members:
+        raise IndexError(f"members must be in [0, {members})")
+    return (ctypes.c_int64 * len(only))(*only)
 
 
 def _halves(held: Rows, layers: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:

@@ -365,7 +365,7 @@ void cnn_step(int members, int batch, int layers, const int32_t *shape, int kern
 }
 
 /* As evaluate of plain_mlp.c, with the running statistics. */
-void cnn_evaluate(int members, int64_t count, int batch, int layers, const int32_t *shape, int kernel, int stride_of,
+void cnn_evaluate(int members, const int64_t *rows, int64_t count, int batch, int layers, const int32_t *shape, int kernel, int stride_of,
                   int pad, int classes, int normed, double eps, const REAL *x, const int64_t *y, REAL *const *p,
                   const int64_t *stride, REAL *const *stats, const int64_t *stat_stride, double *loss, double *accuracy,
                   vec *scratch) {
@@ -385,8 +385,9 @@ void cnn_evaluate(int members, int64_t count, int batch, int layers, const int32
         gather(&r, n.batch, nb, inputs, x + first * inputs, y + first, NULL);
         for (int m = 0; m < members; m++) {
             REAL *own[tensors], *running[2 * layers];
-            for (int i = 0; i < tensors; i++) own[i] = p[i] + m * stride[i];
-            for (int i = 0; normed && i < 2 * layers; i++) running[i] = stats[i] + m * stat_stride[i];
+            int64_t at = rows ? rows[m] : m;
+            for (int i = 0; i < tensors; i++) own[i] = p[i] + at * stride[i];
+            for (int i = 0; normed && i < 2 * layers; i++) running[i] = stats[i] + at * stat_stride[i];
             forward_convolutions(&n, own, normed ? running : NULL, eps);
             affine(classes, c[layers - 1].out, nb, own[tensors - 2], own[tensors - 1], n.pooled, n.outputs);
             cross_entropy(classes, n.batch, nb, n.labels, n.outputs, loss + m, accuracy + m);

@@ -271,10 +271,10 @@ void step(int members, int batch, int layers, const int32_t *widths, int silu, c
     }
 }
 
-/* Mean loss and accuracy of every member on the whole set x [n, widths[0]], y [n], taken batch samples at a time;
- * scratch as for a step of batch samples. */
-void evaluate(int members, int64_t n, int batch, int layers, const int32_t *widths, int silu, const REAL *x,
-              const int64_t *y, REAL *const *w, REAL *const *b, const int64_t *stride, double *loss, double *accuracy,
+/* Mean loss and accuracy of the members rows[0] to rows[members - 1] (rows null: the first ones) on the whole set
+ * x [n, widths[0]], y [n], taken batch samples at a time; scratch as for a step of batch samples. */
+void evaluate(int members, const int64_t *rows, int64_t n, int batch, int layers, const int32_t *widths, int silu,
+              const REAL *x, const int64_t *y, REAL *const *w, REAL *const *b, const int64_t *stride, double *loss, double *accuracy,
               vec *scratch) {
     int nb = (batch + LANES - 1) / LANES;
     vec *z[layers], *a[layers], *row[layers];
@@ -285,7 +285,7 @@ void evaluate(int members, int64_t n, int batch, int layers, const int32_t *widt
         int count = n - first < batch ? (int)(n - first) : batch;
         gather(&r, count, nb, widths[0], x + first * widths[0], y + first, NULL);
         for (int m = 0; m < members; m++) {
-            forward(&r, m, nb, layers, widths, silu, w, b, stride);
+            forward(&r, rows ? (int)rows[m] : m, nb, layers, widths, silu, w, b, stride);
             cross_entropy(widths[layers], count, nb, r.labels, z[layers - 1], loss + m, accuracy + m);
         }
     }

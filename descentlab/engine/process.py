@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import StudyError
+from ..core.flat import base_of
 from ..core.protocols import Delay, Grads, Tick
 from ..core.state import State
 from ..core.tree import Tree, clone, tree_map
@@ -49,8 +50,8 @@ class ParameterServer(Engine):
     replaced workers and refused answers.
 
     ``log`` lists one Tick per update, with seconds since all workers were ready. ``state.worker["held"]`` are the
-    weights each worker has read, ``[1, W, …]``, at ``held_version`` (-1: none). Conditions it cannot meet are listed in
-    :mod:`descentlab.engine.support`.
+    weights each worker has read, ``[1, W, …]``, at ``held_version`` (-1: none); :meth:`before_checkpoint` brings them
+    up to date. Conditions it cannot meet are listed in :mod:`descentlab.engine.support`.
 
     A gradient that is not finite is computed again by the server. If that is not finite either, training has diverged
     and it is applied; else the worker is at fault and is asked again.
@@ -88,6 +89,7 @@ class ParameterServer(Engine):
         self._now: list[Grads] = []
         held = self.state.worker["held"].values()
         self._held = [[t[:, worker] for t in held] for worker in range(self.parts.workers)]
+        self._lent: dict[int, Tree] = {}  # worker -> the weights of its last task, where they lie in its message
         self._sleeps = self._delays()
 
     def initial_state(self) -> State:
@@ -117,6 +119,7 @@ class ParameterServer(Engine):
                 self._open()
                 yield from super().run()
         finally:
+            self._settle()
             if hasattr(self, "crew"):
                 self.crew.close()
             if self.journal is not None:
@@ -168,6 +171,11 @@ class ParameterServer(Engine):
         torch._foreach_copy_(self._held[worker], list(self.state.params.values()))
         self.state.worker["held_version"][:, worker] = version
 
+    def _settle(self) -> None:
+        """Put the weights that workers have read where a checkpoint finds them: until then a task is a copy itself."""
+        for worker, weights in self._lent.items():
+            torch._foreach_copy_(self._held[worker], list(weights.values()))
+
     def _hand_out(self, version: int, advanced: Sequence[int] = ()) -> None:
         """Tasks to whoever is free, as many as are still needed. ``version``: of the weights as they are. ``advanced``:
         workers whose last batch is done although their cursor does not say so yet."""
@@ -178,12 +186,13 @@ class ParameterServer(Engine):
         done = [c + (w in advanced) for w, c in enumerate(self.state.worker["cursor"][0].tolist())]
         ahead = max(done) if self.bound is None else min(done) + self.bound
         for worker in [w for w in self.crew.idle if w not in self._arrived and done[w] <= ahead][:left]:
-            self._hold(worker, version)
             batch = done[worker]
             seconds = 0.0 if self._sleeps is None else float(self._sleeps[min(batch, len(self._sleeps) - 1), worker])
             number, self._next_number = self._next_number, self._next_number + 1
             task = Header(TASK, number, version, batch, self._numbers[worker], seconds)
-            self.crew.give(worker, task, {"params": self.state.params, "buffers": self._buffers_of(worker)})
+            given = {"params": self.state.params, "buffers": self._buffers_of(worker)}
+            self._lent[worker] = self.crew.give(worker, task, given)["params"]
+            self.state.worker["held_version"][:, worker] = version
 
     def _buffers_of(self, worker: int) -> Tree:
         own = self.state.worker.get("buffers")
@@ -234,7 +243,9 @@ class ParameterServer(Engine):
     def _can_be_used(self, gradient: Gradient) -> bool:
         """Whether it is finite; or not, and rightly so. Else the worker is asked again."""
         worker, task, found = gradient
-        if _finite([*found.tree["grads"].values(), found.tree["loss"]]):
+        flat = base_of(found.tree["grads"])  # side by side in the message: one pass
+        grads = found.tree["grads"].values() if flat is None else [flat]
+        if _finite([*grads, found.tree["loss"]]):
             return True
         if not _finite(list(self.view(np.array([task.version])).values())):
             return True  # at weights like these nothing else can be
@@ -252,6 +263,8 @@ class ParameterServer(Engine):
         """The weights that a worker holds at this version."""
         held = torch.nonzero(self.state.worker["held_version"][0] == int(versions[0]))
         worker = int(held[0, 0])
+        if worker in self._lent:
+            return self._lent[worker]
         return tree_map(lambda t: t[:, worker], self.state.worker["held"])
 
     def lateness(self, now: Round) -> dict[str, Tensor]:
@@ -265,6 +278,7 @@ class ParameterServer(Engine):
 
     def before_checkpoint(self) -> None:
         """A checkpoint never knows of an update that the log on the disk does not."""
+        self._settle()
         if self.journal is not None:
             self.journal.sync()
 

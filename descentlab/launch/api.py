@@ -176,8 +176,8 @@ def _execute(
 
 @contextmanager
 def _importing(resolved: Resolved | None) -> Iterator[threading.Thread]:
-    """Import what the report needs while the workers import torch and train; nothing without a report."""
-    thread = threading.Thread(target=lambda: _warm_up(resolved) if resolved is not None else None)
+    """Import what table and report need while the workers import torch and train; without a report the table alone."""
+    thread = threading.Thread(target=_warm_up, args=(resolved,))
     thread.start()
     try:
         yield thread
@@ -185,9 +185,12 @@ def _importing(resolved: Resolved | None) -> Iterator[threading.Thread]:
         thread.join()
 
 
-def _warm_up(resolved: Resolved) -> None:
-    """Import what the report needs; a failure shows when the report is written."""
+def _warm_up(resolved: Resolved | None) -> None:
+    """Import what table and report need; a failure shows when they are written."""
     with suppress(ImportError):
+        importlib.import_module("descentlab.store.table")
+        if resolved is None:
+            return
         importlib.import_module(resolved.study.report.partition(":")[0])
         for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2"):
             importlib.import_module(name)

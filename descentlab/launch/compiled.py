@@ -19,6 +19,7 @@ from ..core.member_stats import compiled_stats
 from ..core.native import compiled_code
 from ..engine.batched_cnn import cnn_kernel
 from ..engine.native import kernel
+from ..optim.compiled import library_for
 from .pool import KEPT
 
 KEY = "compiled"
@@ -28,7 +29,7 @@ def missing(dtype: str) -> str | None:
     """Why this machine has no compiled code for ``dtype``, in one line; None where it has."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [make(getattr(torch, dtype)) for make in (kernel, cnn_kernel, compiled_stats)]
+        found = [make(getattr(torch, dtype)) for make in (kernel, cnn_kernel, compiled_stats, library_for)]
     if None not in found:
         return None
     said = str(caught[0].message).splitlines() if caught else ["no C compiler"]

@@ -13,13 +13,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ..cluster.namespaces import Shape, end_with_parent, network
+from ..cluster.namespaces import Shape, change, end_with_parent, network
 from ..core.errors import StudyError
 from ..store import RunDirectory
 from ..store.claim import Claim
 from .plan import Block
 
-STOP, STEP, MESSAGE = "stop", "step.txt", "message.txt"  # files in the block's folder by which the processes talk
+STOP, STEP = "stop", "step.txt"  # files in the block's folder by which the processes talk
+MESSAGE, MEETING = "message-{}.txt", "meeting-"  # what process {} ended with; where they found each other
 POLL_S = 0.1
 GRACE_S = 60.0  # for processes that were asked to stop
 
@@ -39,8 +40,7 @@ def run_distributed(
     """
     folder = directory.block_folder(block.key)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (STOP, STEP, MESSAGE):
-        (folder / name).unlink(missing_ok=True)
+    _clear(folder)
     with _alone(stop) as mine, _place(cell) as namespaces:
         if not mine:
             return "interrupted"
@@ -50,15 +50,44 @@ def run_distributed(
             preexec_fn=end_with_parent,  # so that nothing is left when this process is killed
         ) as process:
             try:
-                interrupted = _watch(process, folder, claim, tick, stop)
+                rates = _Rates(getattr(cell, "link", None), namespaces)
+                interrupted = _watch(process, folder, claim, tick, stop, rates)
             finally:
                 _end(process)
+                said = what_failed(folder)
+                _clear(folder)
     if (folder / "done.json").is_file():
         return "done"
     if interrupted:
         return "interrupted"
-    said = (folder / MESSAGE).read_text().strip() if (folder / MESSAGE).is_file() else "see the log"
-    raise StudyError(f"processes of block {block.key} ended with code {process.returncode}: {said}")
+    raise StudyError(f"processes of block {block.key} ended with code {process.returncode}: {said or 'see the log'}")
+
+
+def what_failed(folder: Path) -> str:
+    """The message of the process that failed first; the others usually just lost it. Empty without one."""
+    found = sorted(folder.glob(MESSAGE.format("*")), key=lambda path: path.stat().st_mtime_ns)
+    return found[0].read_text().strip() if found else ""
+
+
+def _clear(folder: Path) -> None:
+    """Remove what processes leave for each other, also those that were killed."""
+    for pattern in (STOP, STEP, MESSAGE.format("*"), MEETING + "*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+class _Rates:
+    """The changes of a real link's bandwidth: made when the processes have come to their update."""
+
+    def __init__(self, link: Any, namespaces: list[str]) -> None:
+        self._link, self._namespaces = link, namespaces
+        self._due = sorted(getattr(link, "changes", {}).items()) if namespaces else []
+
+    def reach(self, step: int) -> None:
+        """The processes have made ``step`` updates."""
+        while self._due and self._due[0][0] <= step:
+            _, rate = self._due.pop(0)
+            change(self._namespaces, _shape(self._link, rate))
 
 
 def command(path: Path, key: str, workers: int, restarts: int) -> list[str]:
@@ -97,16 +126,24 @@ def _alone(stop: Callable[[], bool]) -> Iterator[bool]:
 
 
 def _place(cell: Any) -> Any:
-    link = cell.link
-    if link.name != "real":
+    link = getattr(cell, "link", None)
+    if link is None or link.name != "real":
         return nullcontext([])
-    ingress = link.bandwidth_mbps if link.ingress_mbps is None else link.ingress_mbps
-    extra = (link.burst_kb, link.latency_ms, link.jitter_ms, link.loss_pct)
-    return network(cell.workers, Shape(link.bandwidth_mbps, ingress, *extra))
+    return network(cell.workers, _shape(link, link.bandwidth_mbps))
+
+
+def _shape(link: Any, rate_mbps: float) -> Shape:
+    ingress = rate_mbps if link.ingress_mbps is None else link.ingress_mbps
+    return Shape(rate_mbps, ingress, link.burst_kb, link.latency_ms, link.jitter_ms, link.loss_pct)
 
 
 def _watch(
-    process: subprocess.Popen, folder: Path, claim: Claim, tick: Callable[[int], None], stop: Callable[[], bool]
+    process: subprocess.Popen,
+    folder: Path,
+    claim: Claim,
+    tick: Callable[[int], None],
+    stop: Callable[[], bool],
+    rates: _Rates,
 ) -> bool:
     """Pass on progress until the processes end; whether they were asked to stop."""
     seen, asked, since = 0, False, 0.0
@@ -117,6 +154,7 @@ def _watch(
             now = int((folder / STEP).read_text())
             tick(max(0, now - seen))
             seen = max(seen, now)
+        rates.reach(seen)
         if stop() and not asked:
             (folder / STOP).touch()
             asked, since = True, time.monotonic()

@@ -14,6 +14,7 @@ from ..config.tree import StudySpec
 from ..core.errors import UserError, nearest
 from ..core.state import State
 from ..core.streams import Streams
+from ..engine.support import DISTRIBUTED
 from .block import build_engine, make_recorder
 from .build import workload
 from .plan import make_plan, read_block
@@ -67,6 +68,8 @@ def train(study: str | Path = "training", *settings: str) -> Iterator[Evaluation
     """
     resolved = resolve(study, settings)
     plan, _ = make_plan(resolved, {})
+    if any(described["engine"] == DISTRIBUTED for described in plan["blocks"]):
+        raise UserError("engine", "process", "lockstep in a loop of one's own, which is one process")
     for described in plan["blocks"]:
         block = read_block(described)
         cell = resolved.study.spec.model_validate(block.settings)

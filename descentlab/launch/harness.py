@@ -56,8 +56,9 @@ def dealt(cell: Any, data: Data, streams: Streams) -> Any:
 
 
 def counted(cell: Any, sampler: Any) -> Any:
-    """The sampler with the epochs the cell counts in."""
-    return with_epochs(sampler, getattr(cell, "steps_per_epoch", None), getattr(cell, "samples_per_epoch", None))
+    """The sampler with the epochs the cell counts in; ``steps_per_epoch`` are updates, with a batch of every worker."""
+    steps = getattr(cell, "steps_per_epoch", None)
+    return with_epochs(sampler, steps and steps * cell.workers, getattr(cell, "samples_per_epoch", None))
 
 
 def update_of(cell: Any, rules: Sequence[Rule], make: Callable[[Sequence[Rule]], Apply]) -> Apply:
@@ -93,7 +94,7 @@ def equip(cell: Any, parts: Parts, data: Data) -> Parts:
         return parts
     if not hasattr(cell, "accumulation"):
         return parts
-    epoch = cell.evaluate_epochs and cell.evaluate_epochs * parts.sampler.steps_per_epoch
+    epoch = cell.evaluate_epochs and cell.updates(cell.evaluate_epochs, parts.sampler.steps_per_epoch)
     parts = replace(
         parts,
         average=cell.averaging.build(),

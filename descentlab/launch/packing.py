@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ..config.identity import canonical
 from ..config.tree import StudySpec
+from ..core.opmode import MATRIX_OPS, OpRecord
 from ..core.specs import Option
 from ..engine.program import Route, RunPlan
 from ..optim.specs import TorchOption
@@ -22,6 +23,7 @@ from ..optim.specs import TorchOption
 Update = Literal["slices", "vectorised", "rescaled"]
 SLICES = 16  # up to this many distinct settings of a block are torch's own parameter groups, one slice each
 SPLIT_FROM = 64  # members from which an ensemble makes two blocks, so that two processes share it
+WORTH_A_PROCESS = 2**22  # multiplications of a forward pass; below, an update costs much the same without its members
 
 
 def group_text(cell: StudySpec) -> str:
@@ -102,6 +104,7 @@ class Ensemble:
     alone: bool = False  # whether a member's numbers do not depend on its neighbours to the bit
     memory: dict[str, int] | None = None  # how an accelerator's memory decided that
     inferred: dict[str, Any] = field(default_factory=dict)  # sizes that settings leave to the data
+    split_from: int = SPLIT_FROM
     cells: dict[str, StudySpec] = field(default_factory=dict)
     stages: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # run id -> what is done to it
     faulted: StudySpec | None = None  # a cell with a fault, for what blocks build from it
@@ -152,7 +155,7 @@ class Ensemble:
         text = {run: texts[id(cell)] for run, cell in self.cells.items()}
         rank = {t: i for i, t in enumerate(dict.fromkeys(text[u[0].id] for u in self.units))}
         units = sorted(self.units, key=lambda unit: (rank[text[unit[0].id]], unit[0].lr))
-        return [self._numbered(block, text) for block in pack(units, self.most)]
+        return [self._numbered(block, text) for block in pack(units, self.most, self.split_from)]
 
     def _numbered(self, runs: Sequence[RunPlan], text: Mapping[str, str]) -> list[RunPlan]:
         if any(run.prefix for run in runs):  # after the prefix, members of equal settings side by side
@@ -214,10 +217,18 @@ def merged(ensembles: Iterable[Ensemble]) -> list[Ensemble]:
     return found
 
 
-def pack(units: Sequence[list[RunPlan]], most: int) -> list[list[RunPlan]]:
-    """Units in their order as evenly filled blocks of at most ``most`` runs (a larger unit is a block of its own)."""
+def split_from(operations: Sequence[OpRecord], alone: bool) -> int:
+    """Members from which an ensemble makes two blocks: more than :data:`SPLIT_FROM` for small networks in compiled
+    code, whose updates would cost each of two processes almost what they cost one."""
+    each = sum(math.prod(r.out) * math.prod(r.b[1:]) for r in operations if r.kind in MATRIX_OPS)
+    return max(SPLIT_FROM, WORTH_A_PROCESS // max(each, 1)) if alone else SPLIT_FROM
+
+
+def pack(units: Sequence[list[RunPlan]], most: int, split: int = SPLIT_FROM) -> list[list[RunPlan]]:
+    """Units in their order as evenly filled blocks of at most ``most`` runs (a larger unit is a block of its own); two
+    at least from ``split`` runs on."""
     total = sum(len(unit) for unit in units)
-    count = max(math.ceil(total / most), 2 if total >= SPLIT_FROM else 1)
+    count = max(math.ceil(total / most), 2 if total >= split else 1)
     target = min(most, math.ceil(total / count))
     packed: list[list[RunPlan]] = []
     for unit in units:

@@ -23,7 +23,7 @@ from .arms import check_arm
 from .build import Site, plan_fault, survey
 from .conditions import check_classes, conditions
 from .memory import members_at_most
-from .packing import Ensemble, Update, choose_update, ensemble_text, group_text, led, merged, settings_text
+from .packing import Ensemble, Update, choose_update, ensemble_text, group_text, led, merged, settings_text, split_from
 from .sending import check_sending, members_of
 
 SEMANTICS = 2  # raised when the same plan would compute something else
@@ -109,8 +109,9 @@ def make_plan(resolved: Resolved, known: dict[str, Any]) -> tuple[dict[str, Any]
             asked = members_of(first) or (ONE_BY_ONE if site.alone else 0)
             asked = 1 if program.engine(first) == "process" else asked  # a server has one run
             most, memory = members_at_most(site.route, asked, site.bytes_per_member, site.free_bytes)
+            split = split_from(site.operations, site.alone)
             ensembles[text] = Ensemble(
-                site.route, program.engine(first), share, most, site.alone, memory, site.inferred
+                site.route, program.engine(first), share, most, site.alone, memory, site.inferred, split
             )
         ensemble = ensembles[text]
         ensemble.faulted = ensemble.faulted or next((c for c in cells.values() if _faulted(c)), None)
@@ -137,7 +138,8 @@ def _faulted(cell: Any) -> bool:
 
 def _check_route(known: dict[str, Any]) -> None:
     if known and known.get("semantics") != SEMANTICS:
-        raise StudyError("plan.json was made by another version of descentlab; use --overwrite or another --out")
+        found = f"plan.json has semantics {known.get('semantics')}, this version of descentlab makes {SEMANTICS}"
+        raise StudyError(f"{found}; use --overwrite or another --out")
 
 
 def _check_supported(engine: str, cell: Any) -> None:

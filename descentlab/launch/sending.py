@@ -34,7 +34,7 @@ def check_sending(cell: Any, params: Mapping[str, tuple[int, ...]]) -> None:
     """UserError for a real link that this process may not make, and for a rank above that of every matrix of the model.
     ``params``: shapes, by name."""
     if getattr(getattr(cell, "link", None), "name", "") == "real":
-        check_possible()
+        check_possible(cell.workers)
     compressor = getattr(cell, "compressor", None)
     if compressor is None or compressor.name != "powersgd":
         return

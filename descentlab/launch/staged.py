@@ -63,7 +63,9 @@ def staged_plan(resolved: Resolved, known: Mapping[str, Any], program: Any) -> l
         entry, cell = entries[key], resolved.cells[runs[0].cell]
         needs = {name: _holding(held, made[by_cell[runs[0].cell][name]["key"]]) for name in entry["inputs"]}
         new = [run for run in runs if run.id not in held]
-        route = routes.setdefault(runs[0].cell, survey(cell).route) if new else "vmap"
+        if new and runs[0].cell not in routes:
+            routes[runs[0].cell] = survey(cell).route  # makes the model once
+        route = routes[runs[0].cell] if new else "vmap"
         most = cell.members_per_block or MEMBERS[route]
         for first in range(0, len(new), most):
             block = _block(entry, new[first : first + most], cell, program, needs, route)

@@ -8,6 +8,7 @@ never outlives the process that started it. Out: ``{"steps": n}`` (at most five 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -78,6 +79,7 @@ def main() -> None:
     torch.set_num_threads(1)
     from .block import run_block  # after torch: this is the slow part, done while the parent still plans
 
+    gc.freeze()  # what was imported stays: no need to look through it again and again
     while (order := orders.get()) is not None:
         reporter = _Reporter(out)
         outcome, message = _serve(run_block, order, reporter, stopping)

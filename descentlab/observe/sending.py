@@ -11,7 +11,8 @@ from ..core.protocols import Measured
 class Sending:
     """``rank``: mean over the matrices of a low-rank compressor; ``gradient_change``: the relative change that an
     Accordion policy found at its last look (mean over matrices where it looks at each); over a simulated link
-    ``messages`` and ``link_s``, both counted from the start; of real processes the seconds of this update, by part.
+    ``messages``, those ``gathered``, and ``link_s``, all counted from the start; of real processes the seconds of this
+    update, by part.
     """
 
     name, needs = "sending", frozenset[str]()
@@ -27,6 +28,7 @@ class Sending:
         if change is not None:
             found["gradient_change"] = torch.stack(list(change.values())).mean(0)
         if "link" in shared:
-            found["messages"], found["link_s"] = shared["link"]["messages"], shared["link"]["seconds"]
+            found |= {key: shared["link"][key] for key in ("messages", "gathered")}
+            found["link_s"] = shared["link"]["seconds"]
         found.update(shared.get("times", {}))
         return found

@@ -71,6 +71,10 @@ EXTRA = {
         "descentlab.observe.training:PerClassAccuracy",
         "accuracy on the test samples of each class, columns test_accuracy_class_0 and so on",
     ),
+    "class_report": (
+        "descentlab.observe.classes:ClassReport",
+        "the same with test_precision_class_0 and so on and test_support_class_0, the samples of each class",
+    ),
 }
 EVALUATED = {
     "test_loss": "loss on the test set at the weights after the update, in nats",

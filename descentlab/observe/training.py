@@ -65,6 +65,7 @@ class TestSet:
 
     name, needs = "test_set", frozenset({"eval"})
     weights_only = True  # what the engine need not copy for it: the optimizer's slots
+    only_evaluates = True  # nor anything else, where members can be evaluated in their places
     __test__ = False  # not a test case, whatever its name suggests to pytest
 
     def measure(self, m: Measured) -> dict[str, Tensor]:

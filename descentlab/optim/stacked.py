@@ -21,6 +21,7 @@ from ..core.errors import UserError
 from ..core.flat import base_of, joined, side_by_side, split
 from ..core.state import State
 from ..core.tree import Tree, clone
+from .compiled import CompiledRule, compiled_rule
 from .eager import construct, step
 
 SLOT_KINDS = {
@@ -102,6 +103,9 @@ class _Bound:
     last: int
     optimizer: torch.optim.Optimizer
     views: dict[str, Tensor]  # by name; of weights that lie side by side all in one, by the name ALL
+    compiled: CompiledRule | None = None  # does the same as ``optimizer`` to the one view there is, and keeps nothing
+    slots: dict[str, Tensor] = field(default_factory=dict)  # of it
+    made: int = 0  # updates before this one
 
 
 @dataclass
@@ -112,7 +116,7 @@ class StackedOptimizer:
     have, ``rule`` alone where empty; :meth:`assign` says which is whose. Rules of several classes see their own slots
     only. Different learning rates inside a slice are met by rescaling the displacement, or with ``by_rate`` by slices
     of one rate each, which is exact. Weights that lie side by side (:mod:`descentlab.core.flat`) are one tensor to a
-    shipped rule, which treats every element alike.
+    shipped rule, which treats every element alike; compiled code may then do what torch would (:mod:`.compiled`).
     """
 
     rule: Rule
@@ -126,6 +130,7 @@ class StackedOptimizer:
     _flat: bool = False  # whether the rules take weights that lie side by side as one tensor
     _whole: dict[str, tuple[Tree, Tree]] = field(default_factory=dict, repr=False)  # slot -> its tree, and that as ALL
     _bound: list[_Bound] = field(default_factory=list, repr=False)
+    _compiled: dict[int, CompiledRule | None] = field(default_factory=dict, repr=False)  # by rule
     _owner: tuple[Tree, Tree, list[int], list[tuple[int, int]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,13 +157,15 @@ class StackedOptimizer:
         rates = lr.tolist()
         if not self._linear and len(set(rates)) > 1:  # Rprop's lr is a state, not a factor
             self.separate, self._scalars, self._linear, self._owner = True, frozenset(), True, None
-        self._bind(state, rates)
+        steps = state.opt_step.tolist()
+        self._bind(state, rates, steps)
         if ALL in self._bound[0].views:
             grads = {ALL: joined(grads)}
         for bound in self._bound:
             part = rates[bound.first : bound.last]
             for name, view in bound.views.items():
                 view.grad = self._view(grads[name], bound)
+            bound.made = steps[bound.first]
             if part.count(part[0]) == len(part):
                 self._step(bound, part[0])
             else:
@@ -173,6 +180,11 @@ class StackedOptimizer:
         return t[bound.first] if self.separate else t.narrow(0, bound.first, bound.last - bound.first)
 
     def _step(self, bound: _Bound, lr: float) -> None:
+        if bound.compiled is not None:
+            view = bound.views[ALL]
+            assert view.grad is not None
+            bound.compiled(view, view.grad.contiguous(), bound.slots, lr, bound.made + 1)
+            return
         for group in bound.optimizer.param_groups:
             group["lr"] = lr
         step(bound.optimizer)
@@ -186,9 +198,8 @@ class StackedOptimizer:
                 rate = lr.to(view.dtype).view(-1, *[1] * (view.dim() - 1))
                 view.sub_(before[name]).mul_(rate).add_(before[name])
 
-    def _bind(self, state: State, rates: list[float]) -> None:
+    def _bind(self, state: State, rates: list[float], steps: list[int]) -> None:
         """(Re)build the instances when the tensors, whose is which rule or the slices have changed."""
-        steps = state.opt_step.tolist()
         variants = self._variants or [0] * len(steps)
         groups = self._groups(steps, variants, rates)
         if self._owner is not None:
@@ -214,8 +225,10 @@ class StackedOptimizer:
     def _bind_group(self, state: State, first: int, last: int, variant: int, params: Tree, slots: Tree) -> _Bound:
         bound = _Bound(first, last, None, {})  # type: ignore[arg-type]
         bound.views = {n: self._view(p, bound).detach().requires_grad_() for n, p in params.items()}
-        bound.optimizer = self.rules[variant].make(list(bound.views.values()), 1.0)
         made = int(state.opt_step[first])
+        if ALL in params and self._compile(bound, variant, slots if made else {}):
+            return bound
+        bound.optimizer = self.rules[variant].make(list(bound.views.values()), 1.0)
         if made:
             for name, view in bound.views.items():
                 entry: dict[str, Any] = {"step": torch.tensor(float(made))}
@@ -224,6 +237,17 @@ class StackedOptimizer:
                         entry[slot] = self._slot(slot, stored[name], bound)
                 bound.optimizer.state[view] = entry
         return bound
+
+    def _compile(self, bound: _Bound, variant: int, slots: Tree) -> bool:
+        """Whether compiled code can make the updates of these members: torch makes the first, and with it the slots."""
+        if variant not in self._compiled:
+            of = self.rules[variant]
+            self._compiled[variant] = compiled_rule(of.cls, of.settings, bound.views[ALL])
+        rule = self._compiled[variant]
+        if rule is None or any(ALL not in slots.get(slot, ()) for slot in rule.slots):
+            return False
+        bound.compiled, bound.slots = rule, {slot: self._view(slots[slot][ALL], bound) for slot in rule.slots}
+        return True
 
     def _slot(self, slot: str, stored: Tensor, bound: _Bound) -> Tensor:
         return stored[bound.first].clone() if slot in self._scalars else self._view(stored, bound)
@@ -244,6 +268,8 @@ class StackedOptimizer:
         """Copy what an instance keeps outside the stacked storage; True if it must be bound to new storage."""
         created = False
         for bound in self._bound:
+            if bound.compiled is not None:
+                continue
             for name, view in bound.views.items():
                 for slot, value in bound.optimizer.state.get(view, {}).items():
                     if slot == "step" or value is None:

@@ -39,7 +39,9 @@ class HardwareFault(Option):
         "forward", description="the operation that goes wrong: the result, the gradient of the input or of the weight; "
         "backward = uniform over both gradients, any = uniform over all three",
     )  # fmt: skip
-    layer: str | None = Field(None, description="name of the layer to hit; none = uniform over all that can be hit")
+    layer: str | None = Field(
+        None, description="name of the layer to hit; none = uniform over all; each (recovery) = every one in turn"
+    )
     step: NonNegativeInt | None = Field(None, description="step to hit; none = uniform over epochs 0 to last_epoch")
     last_epoch: NonNegativeInt = 3
     index: Places | list[Places] | None = Field(

@@ -42,6 +42,7 @@ LAYOUT = (
     "report",
     TOLD,
 )
+EARLIER = "study.[0-9]*.yaml"  # documents that were replaced, see RunDirectory._archive
 APPENDED = frozenset({"events.jsonl", "runs.jsonl"})  # a kill may cut their last line short
 
 
@@ -100,6 +101,7 @@ class RunDirectory:
             raise UserError("--out", str(path), expected)
         if overwrite:
             _empty(path)
+        self._archive(document)
         write_text(path / MARKER, json.dumps({"format": FORMAT, "study": self.study}) + "\n")
         write_text(path / "study.yaml", document)
         with writing(path):
@@ -110,6 +112,15 @@ class RunDirectory:
                 remove_temporaries(path)
             for name in sorted(APPENDED):
                 self.repair(name)
+
+    def _archive(self, document: str) -> None:
+        """Keep a study.yaml that ``document`` is about to replace, as study.1.yaml, study.2.yaml …"""
+        old = self.path / "study.yaml"
+        if not old.is_file() or _holds(old, document):
+            return
+        kept = sorted(self.path.glob(EARLIER), key=lambda path: int(path.suffixes[0][1:]))
+        if not kept or not _holds(kept[-1], old.read_text()):  # a kill may have come between the two
+            write_text(self.path / f"study.{len(kept) + 1}.yaml", old.read_text())
 
     def others(self) -> str:
         """Who runs blocks of the directory now, in words; empty when nobody does."""
@@ -147,7 +158,7 @@ class RunDirectory:
         marker = _read_marker(path)
         if marker is None:
             raise UserError("DIR", str(path), "a directory made by descentlab (it has no descentlab.json)")
-        _check_marker(path, marker)
+        _check_marker(path, marker, "DIR", "read it with the version of descentlab that made it")
         return cls(path, str(marker["study"]))
 
     @contextlib.contextmanager
@@ -187,10 +198,15 @@ class RunDirectory:
         """Where the log of block ``key`` goes."""
         return self.path / "logs" / f"{key}.log"
 
-    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        """Rows of ``name``, empty when it does not exist. Only an appended file may end in half a line."""
+    def read_jsonl(self, name: str, *, repeated: str = "") -> list[dict[str, Any]]:
+        """Rows of ``name``, empty when it does not exist. Only an appended file may end in half a line.
+
+        ``repeated``: the last key of the rows where many have the same value, see :func:`.jsonl.decode`.
+        """
         path = self.path / name
-        return jsonl.decode(path.read_bytes(), path, appended=name in APPENDED)[0] if path.is_file() else []
+        if not path.is_file():
+            return []
+        return jsonl.decode(path.read_bytes(), path, appended=name in APPENDED, repeated=repeated)[0]
 
     def replace_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write ``name`` anew, atomically."""
@@ -283,10 +299,12 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
     return marker
 
 
-def _check_marker(path: Path, marker: Mapping[str, Any]) -> None:
+def _check_marker(
+    path: Path, marker: Mapping[str, Any], key: str = "--out", hint: str = "choose another --out, or use --overwrite"
+) -> None:
     if marker["format"] != FORMAT:
         expected = f"a directory of format {FORMAT}; it has format {marker['format']}"
-        raise UserError("--out", str(path), expected, hint="choose another --out, or use --overwrite")
+        raise UserError(key, str(path), expected, hint=hint)
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -296,8 +314,7 @@ def _refuse_foreign(path: Path) -> None:
 
 def _empty(path: Path) -> None:
     with writing(path):
-        for name in LAYOUT:  # the marker stays: killed half-way, the directory is still ours
-            target = path / name
+        for target in [*(path / name for name in LAYOUT), *path.glob(EARLIER)]:  # the marker stays: it is still ours
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             else:

@@ -37,19 +37,21 @@ def encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(dumps(row) + "\n" for row in rows).encode()
 
 
-def decode(data: bytes, path: Path, *, appended: bool = False) -> tuple[list[dict[str, Any]], int]:
+def decode(data: bytes, path: Path, *, appended: bool = False, repeated: str = "") -> tuple[list[dict[str, Any]], int]:
     """Rows of a JSON-lines file and the number of bytes that hold them whole.
 
     With ``appended`` a last line that has no newline and does not parse is dropped: the writer was killed in the
-    middle of it. Any other damage raises :class:`StudyError`.
+    middle of it. Any other damage raises :class:`StudyError`. ``repeated``: the last key of a row, whose value many
+    rows have in common; it is read once, and these rows share one object.
     """
     rows: list[dict[str, Any]] = []
+    read = _Repeated(repeated) if repeated else loads
     good = 0
     lines = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                row = loads(line.decode())
+                row = read(line.decode())
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
             except ValueError:
@@ -61,6 +63,26 @@ def decode(data: bytes, path: Path, *, appended: bool = False) -> tuple[list[dic
             rows.append(row)
         good = min(good + len(line) + 1, len(data))
     return rows, good
+
+
+class _Repeated:
+    """:func:`loads` for rows that end in the same key and often in the same value."""
+
+    def __init__(self, key: str) -> None:
+        self.key, self.mark, self.known = key, f', "{key}": ', dict[str, Any]()
+
+    def __call__(self, line: str) -> Any:
+        head, mark, tail = line.partition(self.mark)
+        if mark:
+            try:
+                row = loads(head + "}")
+                if tail not in self.known:
+                    (self.known[tail],) = loads(f'{{"{self.key}": {tail}').values()
+            except (ValueError, AttributeError):  # the key stands elsewhere, or the line is damaged
+                return loads(line)
+            if isinstance(row, dict):
+                return {**row, self.key: self.known[tail]}
+        return loads(line)
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from .directory import RunDirectory
 from .progress import states
 from .table import build_frame, collect_hits, read_table, refresh, stored_hits
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where PyYAML was built with libyaml
+
 
 @dataclass(frozen=True)
 class Results:
@@ -23,7 +26,8 @@ class Results:
 
     ``study`` is study.yaml as written, ``spec`` the settings all runs have in common (nested; what varies is a column
     of ``frame``), ``runs`` resolved.jsonl, ``status`` one row per run, ``campaign`` the planned perturbations, ``hits``
-    the realised ones, ``frame`` the one table: a row per (run, step, attempt).
+    the realised ones, ``frame`` the one table: a row per (run, step, attempt). To be read only: runs of one cell share
+    their settings.
     """
 
     path: Path
@@ -48,7 +52,7 @@ def load(path: str | Path) -> Results:
     current = frame is not None
     if frame is None:
         frame = refresh(directory) if os.access(directory.path, os.W_OK) else build_frame(directory)
-    runs = directory.read_jsonl("resolved.jsonl")
+    runs = directory.read_jsonl("resolved.jsonl", repeated="settings")
     return Results(
         path=directory.path,
         study=_study(directory.path / "study.yaml"),
@@ -64,7 +68,8 @@ def load(path: str | Path) -> Results:
 
 def common(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The nested settings on which all agree."""
-    distinct = [s for i, s in enumerate(settings) if i == 0 or s != settings[i - 1]]  # replicates have the same
+    same = [a is b or a == b for a, b in pairwise(settings)]  # replicates have the same
+    distinct = [s for i, s in enumerate(settings) if i == 0 or not same[i - 1]]
     if not distinct:
         return {}
     first, *rest = distinct
@@ -83,7 +88,7 @@ def common(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _study(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.load(path.read_text(), LOADER)
     except (OSError, yaml.YAMLError) as error:
         raise StudyError(f"{path} cannot be read ({type(error).__name__}); run the study again to restore it") from None
     return value if isinstance(value, dict) else {}

@@ -51,7 +51,7 @@ def refresh(directory: RunDirectory) -> pl.DataFrame:
     directory.replace_jsonl(HITS, collect_hits(directory))
     directory.replace_jsonl("runs.jsonl", [run.to_row() for run in status(directory.path).runs])
     buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd", metadata={"descentlab": stamp})
+    frame.write_parquet(buffer, compression="snappy", metadata={"descentlab": stamp})
     write_bytes(directory.path / TABLE, buffer.getvalue())
     return frame
 

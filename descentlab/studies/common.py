@@ -125,13 +125,13 @@ def failure_rule_text(scores: Scores) -> str:
     )
 
 
-def statistics_text(unit: str) -> str:
-    """How intervals and tests are made."""
+def statistics_text(unit: str, family: str = "all of them") -> str:
+    """How intervals and tests are made; ``family``: the contrasts that are corrected together."""
     return (
         f"The replicate ({unit}) is the unit of every interval and rate. Under 20 replicates: Student's t on paired "
         "differences. From 20: BCa bootstrap over replicates and a sign-flip permutation test of the mean. Where a "
         "difference is exactly 0 (a masked fault): exact Wilcoxon signed-rank test with Pratt's zeros. Only the "
-        "planned contrasts are tested, with Holm's correction at 0.05 over all of them; a test that could not "
+        f"planned contrasts are tested, with Holm's correction at 0.05 over {family}; a test that could not "
         "reach its level at this n is not run and says so. Intervals are 95 %, two-sided, not corrected for "
         "several comparisons. A contrast that is not significant is called within noise, which is not evidence "
         "that there is no difference: compare the detectable difference. Mixed: significant by ranks, while a few "

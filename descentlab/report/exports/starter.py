@@ -1,8 +1,10 @@
-"""The experiment starter's files: a folder per run with ``stats.csv``, ``config.yaml`` and ``done``.
+"""The experiment starter's files: ``job.yaml``, and a folder per run with ``stats.csv``, ``config.yaml``, ``spec.yaml``
+and ``done``.
 
 ``stats.csv`` has a row per evaluation. train/loss and train/accuracy are means over the updates since the row before;
 train/time is the wall time of the block since then, which runs of one ensemble share. ``config.yaml`` has the starter's
-keys where a setting corresponds, and all settings under ``descentlab``. A run that diverged or failed has no ``done``.
+keys where a setting corresponds, and all settings under ``descentlab``; ``spec.yaml`` is a study file of the run's
+settings, ``job.yaml`` that of all runs. A run that diverged or failed has no ``done``.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,16 @@ def export(results: ResultsLike, out: Path) -> None:
     """Write the tree into the empty directory ``out``."""
     settings = {run["id"]: run.get("settings") or {} for run in results.runs}
     keys = varying(results.runs)
+    study = yaml.safe_load((Path(results.path) / "study.yaml").read_text())
+    own = _varying(study, results.runs)
+    for path in sorted(Path(results.path).glob("study*.yaml")):  # study.1.yaml … are those of earlier grids
+        (out / path.name.replace("study", "job", 1)).write_bytes(path.read_bytes())
     for number, run in enumerate(series(results)):
         folder = out / folder_name(number, str(results.spec.get("study", "study")), run, keys)
         folder.mkdir()
         (folder / "stats.csv").write_text(_stats(run), encoding="utf-8")
         (folder / "config.yaml").write_text(_config(run, settings[run.id]), encoding="utf-8")
+        (folder / "spec.yaml").write_text(_document(study, settings[run.id], own), encoding="utf-8")
         if run.status == "done":
             (folder / "done").touch()
 
@@ -94,6 +102,31 @@ def _stats(run: Series) -> str:
 def _mean(rows: Sequence[Mapping[str, float]], key: str) -> float | None:
     values = [row[key] for row in rows if key in row]
     return sum(values) / len(values) if values else None
+
+
+def _document(study: Mapping[str, Any], settings: Mapping[str, Any], varying: Collection[str]) -> str:
+    """The study's file for one cell, of which the run is a replicate: with that cell's blocks in place of the grid."""
+    document = {key: value for key, value in study.items() if key != "grid"}
+    return yaml.safe_dump({**document, **{key: settings[key] for key in settings if key in varying}}, sort_keys=False)
+
+
+def _varying(study: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """First names of the keys that the grid is over, or that differ between runs."""
+    blocks: dict[str, list[Any]] = {}
+    for run in runs:
+        for key, value in (run.get("settings") or {}).items():
+            held = blocks.setdefault(key, [])
+            if value not in held:
+                held.append(value)
+    found = {key for key, values in blocks.items() if len(values) > 1}
+    return found | {key for name in _names(study.get("grid")) for key in re.findall(r"\w+", name) if key in blocks}
+
+
+def _names(grid: Any) -> list[str]:
+    """Every key of a grid, in sub-grids too."""
+    if isinstance(grid, Mapping):
+        return [*map(str, grid), *(name for value in grid.values() for name in _names(value))]
+    return [name for value in grid for name in _names(value)] if isinstance(grid, list) else []
 
 
 def _config(run: Series, settings: Mapping[str, Any]) -> str:

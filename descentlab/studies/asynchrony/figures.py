@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,12 @@ from ...report.figures import (
     DOUBLE,
     GREY,
     SINGLE,
-    Dot,
     Look,
-    draw_intervals,
+    legend_columns,
     looks,
     new_figure,
     panel_title,
+    plain_log_ticks,
     styled,
 )
 from .outcomes import Cell, Outcomes
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-XS = {"step": "server update", "virtual_s": "virtual time (s)", "bytes_sent": "sent to the server (MB)"}
+XS = {
+    "step": "server update",
+    "virtual_s": "virtual time (s)",
+    "wall_s": "wall time (s)",
+    "bytes_sent": "sent to the server (MB)",
+}
 SCALE = {"bytes_sent": 1e-6}
 YS = {"test_accuracy": "test accuracy (%)", "test_loss": "test loss (nats)"}
 
@@ -53,37 +59,58 @@ def _median(frame: pl.DataFrame, cell: int, x: str, y: str) -> tuple[np.ndarray,
 
 
 def curves(frame: pl.DataFrame, cells: Sequence[Cell], look: Mapping[str, Look]) -> Figure:
-    """Accuracy and loss against updates, virtual time and bytes: medians over replicates."""
+    """Accuracy and loss against updates, virtual time, wall time and bytes: medians over replicates."""
+    xs = {x: text for x, text in XS.items() if x in frame.columns}
+    labels = [cell.name for cell in cells]
+    columns = legend_columns(labels, DOUBLE)
     with styled():
-        picture = new_figure(DOUBLE, 4.2)
-        axes = picture.subplots(len(YS), len(XS))
+        picture = new_figure(DOUBLE, 3.6 + 0.17 * -(-len(labels) // columns))
+        axes = picture.subplots(len(YS), len(xs), sharex="col", sharey="row", squeeze=False)
         for i, (y, y_text) in enumerate(YS.items()):
-            for j, (x, x_text) in enumerate(XS.items()):
+            for j, (x, x_text) in enumerate(xs.items()):
                 ax, factor = axes[i, j], 100.0 if "accuracy" in y else 1.0
                 for cell in cells:
                     at, middle, low, high = _median(frame, cell.index, x, y)
-                    if x == "bytes_sent" and not at.any():
-                        continue  # the baseline sends nothing
+                    if x != "step" and not at.any():
+                        continue  # a single process sends nothing
                     style, at = look[cell.name], at * SCALE.get(x, 1.0)
                     ax.plot(at, factor * middle, color=style.colour, linestyle=style.line, label=cell.name)
                     ax.fill_between(at, factor * low, factor * high, color=style.colour, alpha=0.12, linewidth=0)
-                ax.set_xlabel(x_text)
+                if x != "step" and ax.lines:
+                    _log_axis(ax)
+                if i == len(YS) - 1:
+                    ax.set_xlabel(x_text)
                 if j == 0:
                     ax.set_ylabel(y_text)
-                panel_title(ax, i * len(XS) + j, "")
+                panel_title(ax, i * len(xs) + j, "")
         handles, names = axes[0, 0].get_legend_handles_labels()
-        picture.legend(handles, names, loc="outside lower center", ncols=3)
+        picture.legend(handles, names, loc="outside lower center", ncols=columns)
     return picture
+
+
+def _log_axis(ax: Axes) -> None:
+    """A logarithmic x axis with a few ticks, written out."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    marks = (1, 2, 5) if high / low <= 12 else (1, 3) if high / low <= 200 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [mark * 10.0**power for power in powers for mark in marks if low <= mark * 10.0**power <= high]
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def validation(frame: pl.DataFrame, cells: Sequence[Cell]) -> Figure:
     """Loss on the training, validation and test set, with a mark where the validation loss is least."""
     columns = {"train_set_loss": ("training", 0), "validation_loss": ("validation", 1), "test_loss": ("test", 2)}
     shown = {column: of for column, of in columns.items() if column in frame.columns}
-    down = -(-len(cells) // 4)
+    across = min(3, len(cells))
+    down = -(-len(cells) // across)
     with styled():
         picture = new_figure(DOUBLE, 0.5 + 1.45 * down)
-        axes = picture.subplots(down, min(4, len(cells)), squeeze=False, sharex=True).ravel()
+        axes = picture.subplots(down, across, squeeze=False, sharex=True).ravel()
         for ax in axes[len(cells) :]:
             ax.set_visible(False)
         for i, (ax, cell) in enumerate(zip(axes, cells, strict=False)):
@@ -95,15 +122,19 @@ def validation(frame: pl.DataFrame, cells: Sequence[Cell]) -> Figure:
                     ax.plot(at[best], middle[best], marker="v", color="black", markersize=5, linestyle="none")
                     ax.axvline(at[best], color=GREY, linewidth=0.6, linestyle=":")
             panel_title(ax, i, cell.name)
-            ax.set_xlabel("server update")
-        axes[0].set_ylabel("loss (nats)")
+            if i + across >= len(cells):
+                ax.set_xlabel("server update")
+                ax.tick_params(labelbottom=True)
+            if i % across == 0:
+                ax.set_ylabel("loss (nats)")
         handles, names = axes[0].get_legend_handles_labels()
         picture.legend(handles, names, loc="outside lower center", ncols=3)
     return picture
 
 
 def staleness(frame: pl.DataFrame, cells: Sequence[Cell], expected: Mapping[str, float]) -> Figure:
-    """How many updates old the contributions were, as shares of all updates; a line where theory has the mean."""
+    """How many updates old the contributions were, as shares of all updates (logarithmic, for the tail); a line where
+    theory has the mean."""
     down = -(-len(cells) // 3)
     with styled():
         picture = new_figure(DOUBLE, 0.3 + 1.5 * down)
@@ -114,18 +145,18 @@ def staleness(frame: pl.DataFrame, cells: Sequence[Cell], expected: Mapping[str,
             seen = frame.filter(pl.col("cell") == cell.index)["staleness"].drop_nulls().to_numpy()
             if not len(seen):
                 continue
-            top = max(1, int(np.quantile(seen, 0.995)))
+            top = max(1, int(seen.max()))
             width = max(1, -(-top // 30))
             edges = np.arange(0, top + 2 * width, width) - 0.5
-            clipped = np.minimum(seen, edges[-1] - 0.5)
-            share = np.histogram(clipped, edges)[0] / len(seen)
+            share = np.histogram(seen, edges)[0] / len(seen)
             ax.bar(edges[:-1] + width / 2, 100 * share, width=0.9 * width, color=COLOURS[0], linewidth=0)
+            ax.set_yscale("log")
+            ax.set_ylim(50 / len(seen), 900)  # half a single update; room for the legend
+            plain_log_ticks(ax)
             ax.axvline(seen.mean(), color="black", linewidth=0.9, label=f"mean {seen.mean():.2f}")
             if cell.name in expected:
                 theory = expected[cell.name]
                 ax.axvline(theory, color=COLOURS[1], linewidth=0.9, linestyle="--", label=f"expected {theory:.2f}")
-            if seen.max() > top:
-                ax.text(0.98, 0.5, f"largest {seen.max():g}", transform=ax.transAxes, ha="right", fontsize=7)
             ax.legend(loc="upper right")
             ax.set_xlabel("staleness (versions)")
             panel_title(ax, i, cell.name)
@@ -145,14 +176,23 @@ def timelines(tables: Mapping[str, tuple[int, Sequence[tuple[float, tuple[int, .
                 at, colour = [time_s for time_s, chosen, _ in ticks if w in chosen], COLOURS[w % len(COLOURS)]
                 ax.plot([0, *at], [w] * (len(at) + 1), color=colour, linewidth=2.2, alpha=0.35)
                 ax.plot(at, [w] * len(at), marker="|", color=colour, markersize=6, linestyle="none")
-            each = max(1, len(ticks[0][1]))  # gradients of an update
-            ax.set_xlim(0, ticks[min(len(ticks) - 1, 6 * workers // each)][0])
+            ax.set_xlim(0, _until(workers, ticks))
             ax.set_ylim(workers - 0.5, -0.5)
             ax.set_yticks(range(workers))
             ax.set_ylabel("worker")
             panel_title(ax, i, name)
         axes[-1].set_xlabel("virtual time (s)")
     return picture
+
+
+def _until(workers: int, ticks: Sequence[tuple[float, tuple[int, ...], float]]) -> float:
+    """What a panel of :func:`timelines` shows: six updates of a worker, and two of the slowest."""
+    usual = ticks[min(len(ticks) - 1, 6 * workers // max(1, len(ticks[0][1])))][0]
+    slowest = 0.0
+    for worker in range(workers):
+        own = [time_s for time_s, chosen, _ in ticks if worker in chosen][:2]
+        slowest = max(slowest, own[-1] if own else 0.0)
+    return max(usual, 1.05 * slowest) or 1.0
 
 
 def class_counts(tables: Mapping[str, Sequence[Sequence[int]]]) -> Figure:
@@ -240,19 +280,6 @@ def _gap_line(ax: Axes, found: Outcomes, cells: Sequence[Cell], style: Look, lab
     )
 
 
-def contrasts(dots: Sequence[Dot], xlabel: str) -> Figure:
-    """Planned differences with their intervals."""
-    with styled():
-        picture = new_figure(DOUBLE, 0.7 + 0.2 * len(dots))
-        ax = picture.add_subplot()
-        draw_intervals(ax, dots, looks(list(dict.fromkeys(dot.group for dot in dots))))
-        ax.set_yticks(range(len(dots)), [dot.label for dot in dots])
-        ax.set_ylim(len(dots) - 0.5, -0.5)
-        ax.axvline(0, color=GREY, linewidth=0.6)
-        ax.set_xlabel(xlabel)
-    return picture
-
-
 def scaling(names: Sequence[str], rates: Sequence[float], efficiency: Sequence[float | None]) -> Figure:
     """Samples per virtual second, with the efficiency against as many single processes written beside."""
     with styled():
@@ -265,4 +292,24 @@ def scaling(names: Sequence[str], rates: Sequence[float], efficiency: Sequence[f
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_xlabel("samples per virtual second")
+    return picture
+
+
+def efficiencies(lines: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Scaling efficiency (samples per second over those of as many single processes) against the number of workers."""
+    look = looks(list(lines))
+    with styled():
+        picture = new_figure(SINGLE, 2.4)
+        ax = picture.add_subplot()
+        ax.axhline(100, color=GREY, linewidth=0.6)
+        for name, points in lines.items():
+            workers, shares = zip(*sorted(points), strict=True)
+            style = look[name]
+            heights = [100 * share for share in shares]
+            ax.plot(workers, heights, color=style.colour, linestyle=style.line, marker=style.marker, ms=4, label=name)
+        ax.set_xticks(sorted({workers for points in lines.values() for workers, _ in points}))
+        ax.set_ylim(0, 110)
+        ax.set_xlabel("workers")
+        ax.set_ylabel("efficiency (%)")
+        picture.legend(loc="outside lower center", ncols=legend_columns(list(lines), SINGLE))
     return picture

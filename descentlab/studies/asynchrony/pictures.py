@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ...analysis.contrasts import ContrastResult
 from ...analysis.results import ResultsLike, last_attempts
 from ...core.errors import UserError
 from ...report import FigureBlock, Paragraph, Section, SummaryItem
-from ...report.figures import Dot, looks
+from ...report.figures import DOUBLE, Dot, interval_plot, looks
 from ...theory.staleness import efficiency, expected_staleness
 from ..common import is_brief
 from . import figures
-from .outcomes import Cell, Outcomes, Pair
+from .outcomes import QUESTIONS, Cell, Outcomes, Pair
 
 MOST_LINES = 7  # conditions one figure of curves shows
+MOST_FIGURES = 4
 MOST_PANELS = 12
-SHOWN_UPDATES = 40
+MOST_PATHS = 6  # trajectories on one plane
+MOST_TIMELINES = 5
+PACE = ("workers", "model", "cost", "local_steps", "batch_size")  # what speed depends on, beside who waits
+SHOWN_UPDATES = 500
 
 
 def sections(
@@ -35,49 +40,76 @@ def sections(
         block = FigureBlock("gap", figures.gaps(found), caption, "Train-test gap against momentum, by staleness")
         out.append(Section("Momentum and the train-test gap", [block]))
     out.append(_staleness(results, cells))
-    out.append(_clusters(cells, summary, brief=is_brief(results)))
-    return out
+    out.append(_clusters(results, cells, summary))
+    return [*out, *_trajectories(results, cells)]
 
 
 def _contrasts(planned: Sequence[Pair], tested: Sequence[ContrastResult]) -> Section:
+    """One figure per question."""
     blocks = []
-    for unit, what in (("points", "difference of test accuracy (points)"), ("nats", "difference of the gap (nats)")):
-        dots = [
-            Dot(pair.name, r.estimate.value, r.estimate.low, r.estimate.high, f"{pair.question}: {pair.factor}")
-            for pair, r in zip(planned, tested, strict=True)
-            if pair.unit == unit
-        ]
-        if dots:
-            caption = f"Planned contrasts, mean and 95 % interval; {tested[0].estimate.method}."
-            blocks.append(FigureBlock(f"contrasts_{unit}", figures.contrasts(dots, what), caption, what))
-    return Section("Planned contrasts", blocks)
+    for question, text in QUESTIONS.items():
+        own = [(p, r) for p, r in zip(planned, tested, strict=True) if p.question == question]
+        if not own:
+            continue
+        dots = [Dot(p.name, r.estimate.value, r.estimate.low, r.estimate.high, p.factor) for p, r in own]
+        what = "difference of the gap (nats)" if own[0][0].unit == "nats" else "difference of test accuracy (points)"
+        caption = f"{text} Planned contrasts, mean and 95 % interval; n = {own[0][1].estimate.n} replicates."
+        blocks.append(FigureBlock(f"contrasts_{question}", interval_plot(dots, what, DOUBLE), caption, what))
+    return Section("Differences by question", blocks)
 
 
 def _curves(results: ResultsLike, cells: Sequence[Cell]) -> Section:
     frame = last_attempts(results.frame)
-    shown = _chosen(cells, MOST_LINES)
-    look = looks([cell.name for cell in shown])
-    rest = f"; {len(shown)} of {len(cells)} conditions, the largest momentum first" if len(shown) < len(cells) else ""
+    groups = _groups(cells, brief=is_brief(results))
+    kind = {cell.name: cell.name if "" in groups else _without_momentum(cell) for cell in cells}
+    look = looks(list(dict.fromkeys(kind.values())))
     n = max(len(cell.runs) for cell in cells)
-    blocks = [
-        FigureBlock(
-            "curves",
-            figures.curves(frame, shown, look),
-            f"Median and quartiles over {n} replicates, a value that is not finite counts as the worst{rest}.",
-            "Test accuracy and loss against updates, virtual time and bytes",
+    blocks = []
+    for i, (name, own) in enumerate(groups.items()):
+        of = f"Momentum {name}. " if name and len(groups) > 1 else ""
+        alike = [cell for cell in cells if not name or _momentum(cell) == name]
+        some = f" {len(own)} of {len(alike)} conditions." if len(own) < len(alike) else ""
+        blocks.append(
+            FigureBlock(
+                "curves" if i == 0 else f"curves_{i + 1}",
+                figures.curves(frame, own, {cell.name: look[kind[cell.name]] for cell in own}),
+                f"{of}Median and quartiles over {n} replicates, a value that is not finite counts as the worst. Times "
+                "and bytes are on logarithmic axes; wall time on the virtual clock is that of all members that were "
+                f"computed together. A single process sends nothing.{some}",
+                f"{of}Test accuracy and loss against updates, virtual time, wall time and bytes",
+            )
         )
-    ]
     if "validation_loss" in frame.columns and not is_brief(results):
         panels = _chosen(cells, MOST_PANELS)
+        some = f"; {len(panels)} of {len(cells)} conditions" if len(panels) < len(cells) else ""
         blocks.append(
             FigureBlock(
                 "validation",
                 figures.validation(frame, panels),
-                "Medians over replicates; the mark is where the validation loss is least, where training should stop.",
+                "Medians over replicates; the mark is where the validation loss is least, where training should "
+                f"stop{some}.",
                 "Training, validation and test loss with the early-stop mark",
             )
         )
     return Section("Convergence", blocks)
+
+
+def _momentum(cell: Cell) -> str:
+    return cell.factors["momentum"]
+
+
+def _without_momentum(cell: Cell) -> str:
+    """What a condition is beside its momentum: it looks the same in the figure of each."""
+    return "|".join(f"{k}:{v}" for k, v in cell.factors.items() if k != "momentum")
+
+
+def _groups(cells: Sequence[Cell], brief: bool) -> dict[str, list[Cell]]:
+    """What one figure of curves shows: all, or one momentum each, the largest first; at most so many lines."""
+    if len(cells) <= MOST_LINES:
+        return {"": list(cells)}
+    levels = sorted(dict.fromkeys(map(_momentum, cells)), key=lambda level: (len(level), level), reverse=True)
+    shown = levels[:1] if brief else levels[:MOST_FIGURES]
+    return {level: [cell for cell in cells if _momentum(cell) == level][:MOST_LINES] for level in shown}
 
 
 def _chosen(cells: Sequence[Cell], most: int) -> list[Cell]:
@@ -114,17 +146,47 @@ def _staleness(results: ResultsLike, cells: Sequence[Cell]) -> Section:
     return Section("Staleness", [block])
 
 
-def _clusters(cells: Sequence[Cell], summary: Mapping[str, SummaryItem], brief: bool) -> Section:
+def _trajectories(results: ResultsLike, cells: Sequence[Cell]) -> list[Section]:
+    """The paths of some runs on the plane of their principal components, where weights were stored along them."""
+    kept = [cell for cell in cells if cell.settings["observe"].get("snapshots_every")]
+    kept = [cell for cell in kept if cell.settings["model"] == kept[0].settings["model"]][:MOST_PATHS]
+    if not kept or is_brief(results):
+        return []
+    from ...report.landscape import picture
+    from .program_paths import SAMPLES, surface, trails
+
+    command = f"descentlab landscape {results.path} draws a finer plane, and one that can be turned."
+    try:
+        paths = trails(Path(results.path), {cell.runs[min(cell.runs)]: cell.name for cell in kept})
+        if not paths:
+            return []
+        drawn = picture(surface(kept[0].settings, paths), "")
+    except (UserError, ImportError) as error:
+        return [Section("Trajectories", [Paragraph(f"Trajectories are not drawn here: {error}"), Paragraph(command)])]
+    caption = (
+        f"The training loss ({SAMPLES} samples) on the plane of the first two principal components of the weights "
+        f"along the first replicate of {len(paths)} conditions; a ring is the end of a run, the cross the end of the "
+        f"first. {command}"
+    )
+    return [Section("Trajectories", [FigureBlock("trajectories", drawn, caption, "Paths on the loss landscape")])]
+
+
+def _clusters(results: ResultsLike, cells: Sequence[Cell], summary: Mapping[str, SummaryItem]) -> Section:
     """Who worked when, who had which data, and how much faster that was."""
     blocks: list[FigureBlock | Paragraph] = []
-    if brief:
+    if is_brief(results):
         return Section("Clusters", [Paragraph("Timelines, partitions and speed are drawn from size=default on.")])
     try:
-        blocks += _from_settings(cells)
+        blocks += _from_settings(results, cells)
     except (UserError, ImportError) as error:  # a third party's class, or a trace, that is not here any more
         blocks.append(Paragraph(f"Timelines and partitions cannot be drawn here: {error}"))
-    rates = {}
+    rates: dict[str, float] = {}
+    seen: set[tuple[str, str, str]] = set()
     for cell in cells:
+        pace = cell.factors["timeline"], cell.factors["delay"], str([cell.settings.get(key) for key in PACE])
+        if pace in seen:
+            continue  # weights do not influence the clock
+        seen.add(pace)
         samples, seconds = (summary[f"asynchrony/{cell.name}/{k}"].value for k in ("samples", "virtual_s"))
         if samples and seconds:
             rates[cell.name] = samples / seconds
@@ -137,33 +199,52 @@ def _clusters(cells: Sequence[Cell], summary: Mapping[str, SummaryItem], brief: 
             for cell in cells
             if cell.name in rates
         ]
-        caption = "Speed on the virtual clock" + (
+        caption = "Speed on the virtual clock, one condition for each cluster" + (
             "; beside it the share of what as many single processes with the same delays would process."
             if alone
             else "."
         )
-        picture = figures.scaling(list(rates), list(rates.values()), shares)
-        blocks.append(FigureBlock("scaling", picture, caption, "Samples per virtual second and scaling efficiency"))
+        blocks.append(_scaling(cells, rates, shares, caption))
     return Section("Clusters", blocks)
 
 
-def _from_settings(cells: Sequence[Cell]) -> list[FigureBlock]:
-    from .program import counts, updates
+def _scaling(
+    cells: Sequence[Cell], rates: Mapping[str, float], shares: Sequence[float | None], caption: str
+) -> FigureBlock:
+    """Bars; or lines against the number of workers where there are several."""
+    alt = "Samples per virtual second and scaling efficiency"
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell, share in zip([cell for cell in cells if cell.name in rates], shares, strict=True):
+        if share is not None and not cell.alone:
+            kind = f"{cell.factors['timeline']}, {cell.factors['delay']}"
+            lines.setdefault(kind, []).append((int(cell.settings["workers"]), share))
+    if lines and min(len(points) for points in lines.values()) > 1:
+        return FigureBlock("scaling", figures.efficiencies(lines), caption, alt)
+    return FigureBlock("scaling", figures.scaling(list(rates), list(rates.values()), shares), caption, alt)
 
-    kinds: dict[tuple[str, str], Cell] = {}
+
+def _from_settings(results: ResultsLike, cells: Sequence[Cell]) -> list[FigureBlock]:
+    from .program import counts, updates
+    from .program_paths import recorded
+
+    kinds: dict[tuple[str, str, int], Cell] = {}
     deals: dict[tuple[str, int], Cell] = {}
     for cell in cells:
-        if cell.alone or cell.settings["engine"]["name"] != "virtual":
-            continue
-        kinds.setdefault((cell.factors["timeline"], cell.factors["delay"]), cell)
-        deals.setdefault((cell.factors["partition"], int(cell.settings["workers"])), cell)
+        if not cell.alone:
+            workers = int(cell.settings["workers"])
+            kinds.setdefault((cell.factors["timeline"], cell.factors["delay"], workers), cell)
+            deals.setdefault((cell.factors["partition"], workers), cell)
     out = []
-    tables = {
-        cell.name: (int(cell.settings["workers"]), updates(cell.settings, SHOWN_UPDATES))
-        for cell in list(kinds.values())[:4]
-    }
+    tables = {}
+    for cell in list(kinds.values())[:MOST_TIMELINES]:
+        if cell.settings["engine"]["name"] == "virtual":
+            made = updates(cell.settings, SHOWN_UPDATES)
+        else:
+            made = recorded(Path(results.path), cell.runs[min(cell.runs)], SHOWN_UPDATES)
+        if made:
+            tables[cell.name] = (int(cell.settings["workers"]), made)
     if tables:
-        text = "The first updates of replicate 0: a bar is a worker's gradient, a mark the update it went into."
+        text = "The first updates of the first replicate: a bar is a worker's gradient, a mark the update it went into."
         out.append(FigureBlock("timelines", figures.timelines(tables), text, "Who contributed when"))
     partitions = {
         f"{partition}, {workers} workers": counts(cell.settings)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .prediction import Predicted
+
 Curve = tuple[np.ndarray, np.ndarray]
 
 
@@ -55,10 +57,15 @@ def _path(ax: Axes, method: str, look: Look, x: np.ndarray, y: np.ndarray, end: 
 
 
 def ranks(
-    rank: Mapping[str, Curve], change: Mapping[str, Curve], norm: Mapping[str, Curve], threshold: float | None
+    rank: Mapping[str, Curve],
+    change: Mapping[str, Curve],
+    norm: Mapping[str, Curve],
+    threshold: float | None,
+    methods: Sequence[str],
 ) -> Figure:
-    """Mean rank per epoch, and how much the gradient changed: what the policy saw, or the epoch means of the norm."""
-    look = looks(list(rank))
+    """Mean rank per epoch, and how much the gradient changed: what the policy saw, or the epoch means of the norm.
+    ``methods``: of the whole report, so that each looks the same everywhere."""
+    look = looks(list(methods))
     with styled():
         figure = new_figure(DOUBLE, 2.6)
         axes = figure.subplots(1, 2)
@@ -79,6 +86,7 @@ def ranks(
         panel_title(axes[1], 1, "gradient change, as the policy saw it" if change else "gradient change between epochs")
         for ax in axes:
             ax.set_xlabel("epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_ylim(bottom=0)
         _legend(figure, axes[0])
     return figure
@@ -111,11 +119,12 @@ def breakdown(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def update_s(run: Run, bandwidth_mbps: float, latency_s: float) -> float:
-    """Seconds of an update of this run over another link, nothing overlapped."""
+def update_s(run: Run, bandwidth_mbps: float, latency_s: float, busy_s: float | None = None) -> float:
+    """Seconds of an update of this run over another link, nothing overlapped. ``busy_s``: of what is no sending; None:
+    as in the run's parts."""
     collective_s = all_gather_s if run.gathers else all_reduce_s
     payload, messages = run.bytes_sent / run.workers / run.steps, run.messages / run.steps
-    busy = sum(value for key, value in run.parts.items() if key != "collective_s")
+    busy = busy_s if busy_s is not None else sum(v for key, v in run.parts.items() if key != "collective_s")
     wire = collective_s(payload, run.workers, bandwidth_mbps, 0.0)
     return busy + wire + messages * collective_s(0.0, run.workers, 0.0, latency_s)
 
@@ -144,4 +153,39 @@ def when_it_pays(runs: Sequence[Run], bandwidth_mbps: float, latency_ms: float) 
         axes[0].set_xscale("log")
         axes[0].set_ylabel("milliseconds of an update")
         _legend(figure, axes[0])
+    return figure
+
+
+def prediction(predicted: Sequence[Predicted]) -> Figure:
+    """Measured against predicted milliseconds of an update: a colour per method, a marker per link."""
+    methods = list(dict.fromkeys(one.method.partition(",")[0] for one in predicted))
+    rates = sorted({one.bandwidth_mbps for one in predicted}, reverse=True)
+    look, marks = looks(methods), dict(zip(rates, "os^Dv<>p*", strict=False))
+    fill = {method: "full" if i < len(COLOURS) else "none" for i, method in enumerate(methods)}  # colours come again
+    with styled():
+        figure = new_figure(DOUBLE, 3.6)
+        ax = figure.add_subplot()
+        for one in predicted:
+            ax.plot(
+                1e3 * one.predicted_s,
+                1e3 * one.measured_s,
+                linestyle="none",
+                marker=marks[one.bandwidth_mbps],
+                color=look[one.method.partition(",")[0]].colour,
+                fillstyle=fill[one.method.partition(",")[0]],
+                markersize=4.5,
+            )
+        values = [1e3 * v for one in predicted for v in (one.predicted_s, one.measured_s)]
+        ends = [0.8 * min(values), 1.25 * max(values)]
+        ax.plot(ends, ends, color="black", linewidth=0.7, linestyle=":")
+        ax.set(xscale="log", yscale="log", aspect="equal", xlim=ends, ylim=ends)
+        ax.set_xlabel("predicted (ms of an update)")
+        ax.set_ylabel("measured (ms of an update)")
+        for method in methods:
+            ax.plot(
+                [], [], linestyle="none", marker="o", color=look[method].colour, label=method, fillstyle=fill[method]
+            )
+        for rate, mark in marks.items():
+            ax.plot([], [], linestyle="none", marker=mark, color="grey", label=f"{rate:g} Mbit/s")
+        _legend(figure, ax)
     return figure

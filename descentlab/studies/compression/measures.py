@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,13 +21,13 @@ PARTS = {  # column -> what the bar says
     "collective_s": "send and wait",
     "decompress_s": "decompress",
 }
-GATHERED = frozenset({"topk", "sign"})  # compressors whose messages cannot be summed on the way
 
 
 @dataclass(frozen=True)
 class Run:
     """What one run came to: accuracy (0..1), seconds, bytes and messages of all ``workers``; ``parts``: seconds of an
-    update; ``gathers``: its messages are gathered, not summed on the way."""
+    update; ``gathers``: its messages are gathered, not summed on the way. Of processes: ``measured_s`` and ``busy_s``,
+    medians of an update's seconds, of the whole and of what is no sending."""
 
     id: str
     method: str
@@ -42,6 +41,15 @@ class Run:
     workers: int = 2
     gathers: bool = False
     cut: bool = False  # failed before its time: its seconds and bytes are not those of a whole run
+    bandwidth_mbps: float = 0.0
+    latency_s: float = 0.0  # as set, of a simulated link
+    measured_s: float | None = None
+    busy_s: float | None = None
+
+    @property
+    def base(self) -> str:
+        """The method without what tells apart cells of one method."""
+        return self.method.partition(",")[0]
 
 
 def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) -> list[Run]:
@@ -71,17 +79,33 @@ def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) ->
                 float(last.get("messages") or 0.0),
                 _parts(rows, steps, compute_s),
                 int(settings["workers"]),
-                settings["compressor"]["name"] in GATHERED,
+                bool(last.get("gathered")),
                 score.state == "failed",
+                float(settings["link"].get("bandwidth_mbps") or 0.0),
+                float(settings["link"].get("latency_ms") or 0.0) / 1e3,
+                *_medians(rows),
             )
         )
     order = list(dict.fromkeys(methods.values()))
     return sorted(found, key=lambda run: (order.index(run.method), run.replicate))
 
 
+def _measured(rows: pl.DataFrame) -> bool:
+    return "collective_s" in rows.columns and rows["collective_s"].null_count() < rows.height
+
+
+def _medians(rows: pl.DataFrame) -> tuple[float | None, float | None]:
+    """Seconds of an update of real processes and, of these, of computing, compressing and decompressing."""
+    if not _measured(rows):
+        return None, None
+    later = rows.slice(min(5, rows.height - 1))
+    whole, busy = (later["compute_s"] + later["exposed_s"], later["compress_s"] + later["decompress_s"])
+    return float(whole.median()), float((later["compute_s"] + busy).median())  # type: ignore[arg-type]
+
+
 def _parts(rows: pl.DataFrame, steps: int, compute_s: float) -> dict[str, float]:
     """Seconds of an update by part: measured by real processes (means over updates), else those of the clock."""
-    if "collective_s" in rows.columns and rows["collective_s"].null_count() < rows.height:
+    if _measured(rows):
         later = rows.slice(min(5, rows.height - 1))  # the first updates allocate
         means = {name: float(later[name].mean()) for name in (*PARTS, "exposed_s")}  # type: ignore[arg-type]
         busy = sum(means[name] for name in PARTS) - means["compute_s"]
@@ -145,7 +169,15 @@ def curves(results: ResultsLike, methods: Mapping[str, str], x: str) -> dict[str
     return found
 
 
-def spec_link(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The link all cells share; empty where they differ in it."""
-    link = spec.get("link")
-    return dict(link) if isinstance(link, Mapping) else {}
+def by_link(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by their link, named where there are several; slowest last."""
+    links = sorted({(run.bandwidth_mbps, run.latency_s) for run in runs}, key=lambda link: (-(link[0] or np.inf), link))
+    return {
+        _link_name(*link) if len(links) > 1 else "": [r for r in runs if (r.bandwidth_mbps, r.latency_s) == link]
+        for link in links
+    }
+
+
+def _link_name(bandwidth_mbps: float, latency_s: float) -> str:
+    rate = f"{bandwidth_mbps:g} Mbit/s" if bandwidth_mbps else "no limit"
+    return f"{rate}, {1e3 * latency_s:g} ms a hop" if latency_s else rate

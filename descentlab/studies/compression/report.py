@@ -13,10 +13,21 @@ from ...analysis.paired import Estimate, estimate
 from ...analysis.results import ResultsLike, class_count
 from ...core.errors import StudyError
 from ...report import Column, FigureBlock, Paragraph, Report, Section, SummaryItem, TableBlock, Verdict
-from ..common import command_text, failure_rule_text, interval_text, is_brief, item, scaled, shown_provenance
+from ..common import (
+    command_text,
+    failure_rule_text,
+    interval_text,
+    is_brief,
+    item,
+    plain_item,
+    scaled,
+    shown_provenance,
+)
 from . import figures
-from .measures import MEASURES, Run, by_epoch, curves, runs_of, spec_link, summarise
+from .measures import MEASURES, Run, by_epoch, by_link, curves, runs_of, summarise
+from .prediction import Predicted, predictions
 from .spec import STUDY
+from .tables import epoch_section, exchange_tables, prediction_section
 
 MARGIN = 0.005  # accuracy that counts as no loss
 
@@ -29,7 +40,8 @@ class Found:
     methods: Mapping[str, str]  # run -> method
     runs: Sequence[Run]
     summary: Mapping[str, Mapping[str, SummaryItem]]
-    link: Mapping[str, Any]
+    links: Mapping[str, Sequence[Run]]  # by link; one nameless entry where all runs have the same
+    predicted: Sequence[Predicted]
 
 
 def build(results: ResultsLike) -> Report:
@@ -41,7 +53,7 @@ def build(results: ResultsLike) -> Report:
     if not runs:
         raise StudyError(f"{results.path}: nothing to report yet, no run has ended; run the study again to go on")
     ended = {run.id: run.method for run in runs}
-    found = Found(results, ended, runs, summarise(runs), spec_link(results.spec))
+    found = Found(results, ended, runs, summarise(runs), by_link(runs), predictions(results, runs))
     contrasts = comparisons(runs)
     pending = len(methods) - len(runs)
     return Report(
@@ -63,10 +75,12 @@ def comparisons(runs: Sequence[Run]) -> dict[str, Estimate]:
     """``a_minus_b`` -> difference in final accuracy, paired by replicate: every adaptive method against the largest
     fixed rank, and the largest fixed rank against the smallest."""
     by = {(run.method, run.replicate): run for run in runs}
-    fixed = sorted({r.method for r in runs if r.method.startswith("rank_")}, key=lambda m: int(m[5:].split(",")[0]))
-    pairs = [(fixed[-1], fixed[0])] if len(fixed) > 1 else []
-    adaptive = [m for m in dict.fromkeys(r.method for r in runs) if _adapts(m)]
-    pairs += [(method, fixed[-1]) for method in adaptive if fixed]
+    pairs: list[tuple[str, str]] = []
+    for own in by_link(runs).values():
+        fixed = sorted({r.method for r in own if r.method.startswith("rank_")}, key=lambda m: int(m[5:].split(",")[0]))
+        pairs += [(fixed[-1], fixed[0])] if len(fixed) > 1 else []
+        adaptive = [m for m in dict.fromkeys(r.method for r in own) if _adapts(m)]
+        pairs += [(method, fixed[-1]) for method in adaptive if fixed]
     found = {}
     for first, second in pairs:
         shared = sorted({r for m, r in by if m == first} & {r for m, r in by if m == second})
@@ -86,6 +100,9 @@ def _summary(found: Found, contrasts: Mapping[str, Estimate]) -> dict[str, Summa
         for method, measures in found.summary.items()
         for name, entry in measures.items()
     }
+    for one in found.predicted:
+        how = f"T = a + b bytes at {one.bandwidth_mbps:g} Mbit/s, relative to the median measured"
+        out[f"compression/{one.method}/prediction_error"] = plain_item(one.error, one.n, how)
     return out | {f"compression/{name}/accuracy": item(result) for name, result in contrasts.items()}
 
 
@@ -141,17 +158,21 @@ def _table(found: Found) -> TableBlock:
 
 
 def _sections(found: Found, scores: Scores, contrasts: Mapping[str, Estimate]) -> list[Section]:
-    results, methods = found.results, found.methods
+    results = found.results
     n = max(of["accuracy"].n for of in found.summary.values())
-    time, sent = (curves(results, methods, x) for x in ("virtual_s", "bytes_sent"))
-    pictures = [
-        FigureBlock(
-            "tradeoff",
-            figures.tradeoff(time, sent, found.summary),
-            f"Mean test accuracy over {n} replicates while training; at the end with its 95 % interval.",
-            "Accuracy against time and against bytes sent",
+    pictures = []
+    for i, (link, runs) in enumerate(found.links.items()):
+        own = {run.id: run.method for run in runs}
+        time, sent = (curves(results, own, x) for x in ("virtual_s", "bytes_sent"))
+        text = f"Mean test accuracy over {n} replicates while training; at the end with its 95 % interval."
+        pictures.append(
+            FigureBlock(
+                f"tradeoff_{i}" if link else "tradeoff",
+                figures.tradeoff(time, sent, {method: found.summary[method] for method in time}),
+                f"{text} Link: {link}." if link else text,
+                "Accuracy against time and against bytes sent",
+            )
         )
-    ]
     spent = FigureBlock(
         "breakdown",
         figures.breakdown(found.runs),
@@ -161,9 +182,11 @@ def _sections(found: Found, scores: Scores, contrasts: Mapping[str, Estimate]) -
     sections = [
         Section("Every method", [_table(found)]),
         Section("What it costs to reach an accuracy", pictures),
-        Section("Where the time goes", [spent]),
+        Section("Where the time goes", [spent, *exchange_tables(found.results, found.runs)]),
         *_rank_section(found),
+        *prediction_section(found.predicted),
         *_pays_section(found),
+        *epoch_section(found.results, found.methods),
     ]
     how = Paragraph(
         "Accuracy is that on the test set after the last update, never the best epoch's. A replicate is one seed: its "
@@ -178,8 +201,9 @@ def _clock_text(found: Found) -> str:
     computes = sorted({1e3 * run.parts["compute_s"] for run in found.runs})
     compute = " or ".join(f"{value:g}" for value in computes)
     workers = " or ".join(str(n) for n in sorted({run.workers for run in found.runs}))
-    rate = found.link.get("bandwidth_mbps")
-    link = f"{rate:g} Mbit/s and {found.link.get('latency_ms', 0):g} ms a hop" if rate else "no limit"
+    rates = {(run.bandwidth_mbps, run.latency_s) for run in found.runs}
+    said = [f"{rate:g} Mbit/s and {1e3 * hop:g} ms a hop" if rate else "no limit" for rate, hop in sorted(rates)]
+    link = " or ".join(said)
     return (
         f"Times are those of a simulated clock: {compute} ms for a gradient and the update, and a ring of "
         f"{workers} workers with {link}. Compressing takes no time on this clock."
@@ -192,7 +216,7 @@ def _rank_section(found: Found) -> list[Section]:
         return []
     change = by_epoch(found.results, found.methods, "gradient_change")
     norm = by_epoch(found.results, found.methods, "grad_norm")
-    figure = figures.ranks(rank, change, norm, _threshold(found))
+    figure = figures.ranks(rank, change, norm, _threshold(found), list(found.summary))
     caption = "Mean over replicates. A policy's view of the gradient starts with its second look."
     return [Section("Rank", [FigureBlock("ranks", figure, caption, "Rank and gradient change against epochs")])]
 
@@ -212,30 +236,35 @@ def _threshold(found: Found) -> float | None:
 def _pays_section(found: Found) -> list[Section]:
     if not all(run.messages for run in found.runs):
         return []
-    rate, latency = float(found.link.get("bandwidth_mbps") or 0.0), float(found.link.get("latency_ms") or 0.0)
-    figure = figures.when_it_pays(found.runs, rate, latency)
     columns = [Column("method"), Column("faster than none below (Mbit/s)", ".4g", "at this latency")]
-    blocks: list[Any] = [
-        FigureBlock(
-            "pays",
-            figure,
-            "Time of an update over other links, from the bytes and messages of these runs and the time they computed.",
-            "Time of an update against bandwidth and latency",
+    blocks: list[Any] = []
+    for i, (link, runs) in enumerate(found.links.items()):
+        rate, latency = runs[0].bandwidth_mbps, runs[0].latency_s
+        text = (
+            "Time of an update over other links, from the bytes and messages of these runs and the time they computed."
         )
-    ]
-    if "none" in found.summary:
-        rows = [[m, _break_even(found, m)] for m in found.summary if m != "none"]
-        blocks.append(TableBlock(columns, rows, "Above it, or where a dash stands, sending everything is as fast."))
+        blocks.append(
+            FigureBlock(
+                f"pays_{i}" if link else "pays",
+                figures.when_it_pays(runs, rate, 1e3 * latency),
+                f"{text} Runs at {link}." if link else text,
+                "Time of an update against bandwidth and latency",
+            )
+        )
+        plain = next((run for run in runs if run.base == "none"), None)
+        if plain is not None:
+            first = {run.method: run for run in reversed(runs) if run.base != "none"}
+            rows = [[m, _break_even(plain, run, latency)] for m, run in reversed(first.items())]
+            blocks.append(TableBlock(columns, rows, "Above it, or where a dash stands, sending everything is as fast."))
+        if len(found.links) > 1:
+            break  # the model needs the runs of one link only, the fastest
     return [Section("When compression pays", blocks)]
 
 
-def _break_even(found: Found, method: str) -> float | None:
+def _break_even(plain: Run, own: Run, latency_s: float) -> float | None:
     """The rate at which a method takes as long as none; None where it never does, inf where it always wins."""
-    plain = next(run for run in found.runs if run.method == "none")
-    own = next(run for run in found.runs if run.method == method)
-    latency = float(found.link.get("latency_ms") or 0.0) / 1e3
     rates = np.geomspace(1e-2, 1e6, 4000)
-    faster = [figures.update_s(own, r, latency) < figures.update_s(plain, r, latency) for r in rates]
+    faster = [figures.update_s(own, r, latency_s) < figures.update_s(plain, r, latency_s) for r in rates]
     if all(faster):
         return float("inf")
     return float(rates[max(np.flatnonzero(faster))]) if any(faster) else None

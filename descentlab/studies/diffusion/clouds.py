@@ -15,6 +15,7 @@ from ...core.errors import StudyError
 from ...store import RunDirectory
 
 Arrays = Mapping[str, np.ndarray]
+NAMING = ("dataset", "model", "dtype", "batch_size", "seed")  # settings that tell clouds apart, beside rate and loader
 FILES = {
     "sgd": "theta.npz",
     "gd": "theta.npz",
@@ -24,6 +25,8 @@ FILES = {
     "gd_control": "path.npz",
     "val_loss": "losses.npz",
     "score": "score.npz",
+    "statistics": "statistics.npz",
+    "language": "language.npz",
 }
 
 
@@ -77,7 +80,9 @@ class Cloud:
     losses: Mapping[str, Any] | None
     members: Sequence[Mapping[str, Any]]
     control: Mapping[str, Any] | None
-    hessians: Mapping[str, Any] | None
+    hessians: Sequence[Mapping[str, Any]]
+    statistics: Mapping[str, Any] | None = None
+    language: Mapping[str, Any] | None = None
 
     @property
     def lr(self) -> float:
@@ -109,12 +114,13 @@ def clouds_of(results: ResultsLike, stages: Stages) -> list[Cloud]:
         keys = {b["key"] for b in blocks}
         after = {
             stage: next((b for b in stages.named(stage) if keys & set(b["needs"]["sgd_cloud"])), None)
-            for stage in ("score", "val_loss")
+            for stage in ("score", "val_loss", "statistics", "language")
         }
-        alike = {stage: _alike(stages.named(stage), cells[cell], stage) for stage in ("gd_control", "hessians")}
+        control = next(iter(_alike(stages.named("gd_control"), cells[cell], "gd_control")), None)
+        hessians = _alike(stages.named("hessians"), cells[cell], "hessians")
         settings = cells[cell]
-        one = Cloud(names[cell], settings, after["score"], after["val_loss"], blocks, *alike.values())
-        found.append(one)
+        own_blocks = (after["score"], after["val_loss"], blocks, control, hessians)
+        found.append(Cloud(names[cell], settings, *own_blocks, after["statistics"], after["language"]))
     return found
 
 
@@ -122,21 +128,43 @@ def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     return settings["optimizer"]["lr"], settings["sampler"]["name"] != "replacement"
 
 
-def _alike(blocks: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None:
-    """The block of a stage that agrees with a cloud's settings: of the control in the optimizer, of the run along
-    which Hessians were measured in the loader as well."""
-    keys = ("optimizer",) if stage == "gd_control" else ("optimizer", "sampler")
-    same = [b for b in blocks if all(b["settings"][key] == settings[key] for key in keys)]
-    return same[0] if same else None
+def _alike(blocks: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], stage: str) -> list[Mapping[str, Any]]:
+    """The blocks of a stage that agree with a cloud's settings: of the control in the optimizer and what theta* is made
+    of, of the runs along which Hessians were measured in the loader as well."""
+    keys = ["dataset", "splits", "model", "dtype", "seed", "batch_size", "reference", "optimizer"]
+    keys += ["control"] if stage == "gd_control" else ["sampler", "hessians"]
+
+    def same(key: str, found: Mapping[str, Any]) -> bool:
+        if key != "hessians":
+            return bool(found[key] == settings[key])
+        return {**found[key], "runs": 0} == {**settings[key], "runs": 0}
+
+    return [b for b in blocks if all(same(key, b["settings"]) for key in keys)]
+
+
+def merged_hessians(blocks: Sequence[Arrays]) -> Arrays:
+    """The arrays of all runs, from blocks that hold some each."""
+    first = blocks[0]
+    return {k: v if k == "steps" else np.concatenate([b[k] for b in blocks]) for k, v in first.items()}
 
 
 def _names(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    """``lr=0.01``, with the loader where it is not replacement, and the cell's number where that is not enough."""
+    """``lr=0.01``, with the loader where it is not replacement, and with what else differs between cells that would
+    have one name (``lr=0.01/model=mlp/seed=1``); the cell's number where that is not enough."""
     names = {}
     for cell, settings in cells.items():
         loader = settings["sampler"]["name"]
         names[cell] = f"lr={value_text(float(settings['optimizer']['lr']))}" + (
             "" if loader == "replacement" else f"/{loader}"
         )
+    if len(set(names.values())) < len(names):
+        for key in NAMING:
+            texts = {cell: _text(settings[key]) for cell, settings in cells.items()}
+            if len(set(texts.values())) > 1:
+                names = {cell: f"{name}/{key}={texts[cell]}" for cell, name in names.items()}
     twice = {name for name in names.values() if list(names.values()).count(name) > 1}
     return {cell: f"{name}/cell={cell}" if name in twice else name for cell, name in names.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value["name"]) if isinstance(value, Mapping) and "name" in value else str(value)

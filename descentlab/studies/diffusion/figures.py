@@ -32,6 +32,7 @@ def agreement(scores: Mapping[str, Score]) -> Figure:
             top.plot(x, y, mark.marker, color=mark.colour, markersize=2.4, alpha=0.6, markeredgewidth=0)
             top.set_xscale("log")
             top.set_yscale("log")
+            top.minorticks_off()
             text = f"{found.live.sum()} directions, {found.n} runs\nlog-correlation {found.log_correlation:.4f}\n"
             text += f"relative error {found.relative_error:.4f}\n(floor {found.floor:.4f})"
             top.text(0.04, 0.96, text, transform=top.transAxes, va="top", fontsize=7)
@@ -39,6 +40,7 @@ def agreement(scores: Mapping[str, Score]) -> Figure:
             below.axhspan(*found.limits, color=GREY, alpha=0.2, linewidth=0, label="95 % of a perfect prediction")
             below.axhline(1, color=GREY, linewidth=0.8)
             below.plot(x, y / x, mark.marker, color=mark.colour, markersize=2.2, alpha=0.6, markeredgewidth=0)
+            below.minorticks_off()
             below.set_xlabel("predicted variance")
         axes[0, 0].set_ylabel("measured variance")
         axes[1, 0].set_ylabel("measured / predicted")
@@ -79,10 +81,11 @@ def over_time(clouds: Mapping[str, tuple[Arrays, Sequence[Arrays]]], picked: Seq
         figure = new_figure(DOUBLE, 2.2 * -(-len(picked) // 3))
         axes = figure.subplots(-(-len(picked) // 3), min(3, len(picked)), squeeze=False, sharex=True).ravel()
         for i, mode in enumerate(picked):
-            ax = axes[i]
+            ax, lowest = axes[i], np.inf
             for name, (score, blocks) in clouds.items():
                 steps, variance = merged_variance(blocks)
                 mark = look[name]
+                lowest = min(lowest, float(np.nanmin(np.where(variance[:, mode] > 0, variance[:, mode], np.nan))))
                 ax.plot(steps, variance[:, mode], mark.marker, color=mark.colour, markersize=2.6, markeredgewidth=0)
                 if "variances" in score:
                     within = slice(None) if "independent_variances" not in score else score["times"] <= epoch
@@ -92,6 +95,8 @@ def over_time(clouds: Mapping[str, tuple[Arrays, Sequence[Arrays]]], picked: Seq
             ax.axvline(epoch, color=GREY, linewidth=0.7, linestyle=":")
             ax.set_xscale("log")
             ax.set_yscale("log")
+            if np.isfinite(lowest):  # a bridge's prediction at the end of an epoch can be rounding
+                ax.set_ylim(bottom=max(lowest / 3, ax.get_ylim()[0]))
             eigenvalue = next(iter(clouds.values()))[0]["eigenvalues"][mode]
             panel_title(ax, i, rf"$\lambda$ = {eigenvalue:.2g}")
         for ax in axes[len(picked) :]:
@@ -99,6 +104,8 @@ def over_time(clouds: Mapping[str, tuple[Arrays, Sequence[Arrays]]], picked: Seq
         for ax in axes[max(0, len(picked) - 3) : len(picked)]:
             ax.set_xlabel("step")
         figure.supylabel("variance along the mode", fontsize=8)
+        axes[0].plot([], [], "o", color=GREY, markersize=2.6, label="measured")
+        axes[0].plot([], [], "_", color=GREY, markersize=5, label="predicted at these steps")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -135,7 +142,10 @@ def components(theta: np.ndarray, start: np.ndarray, path: np.ndarray | None, pr
                 centre = (theta - start).mean(0) @ basis[:, [a, b]]
                 ax.plot(centre[0] + edge[0], centre[1] + edge[1], color="black", linewidth=1, label="95 %, predicted")
             if line is not None:
-                ax.plot(line[:, a], line[:, b], color=COLOURS[1], linewidth=1.2, label="gradient descent")
+                ax.plot(line[:, a], line[:, b], color=COLOURS[1], linewidth=1.2)
+                ax.plot(
+                    *line[-1, [a, b]], "s", color=COLOURS[1], markersize=4, label="gradient descent's end", zorder=4
+                )
             ax.plot(0, 0, "*", color="black", markersize=7, label=r"$\theta^*$")
             ax.set_xlabel(f"component {a + 1} ({100 * share[a]:.1f} %)")
             ax.set_ylabel(f"component {b + 1} ({100 * share[b]:.1f} %)")

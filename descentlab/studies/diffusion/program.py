@@ -1,7 +1,8 @@
 """How the diffusion study runs: each stage, what it takes from those before it and what it leaves for those after it.
 
 Artifacts (``blocks/<key>/artifacts``): ``theta.npz`` of ``sgd`` and ``gd`` (weights and buffers), ``curvature.npz``,
-``hessians.npz``, ``cloud.npz``, ``path.npz`` of the control, ``losses.npz`` of ``val_loss`` and ``score.npz``.
+``hessians.npz``, ``cloud.npz``, ``path.npz`` of the control, ``losses.npz`` of ``val_loss``, ``score.npz``,
+``statistics.npz`` and, of a transformer, ``language.npz``.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from .directions import chosen_directions, group_variances, look_times, snapshot
 from .program_cloud import Looks, open_weights
 from .program_curvature import CurvatureAlong, dense_hessian, set_weights
 from .program_descent import Descent
+from .program_language import language, marks
 from .program_polish import polished
 from .program_theory import predict
-from .spec import INPUTS, READS, DiffusionSpec
+from .spec import INPUTS, LANGUAGE, OF_ALL, READS, DiffusionSpec
+from .statistics import measured
 
 Bench = Any  # launch.staged.Bench, which this room may not import
 ROWS = 20_000  # rows that the reference's descent leaves at most
 KINDS: dict[str, Any] = {"curvature": "derive", "val_loss": "evaluate", "score": "derive"}
+KINDS |= {"statistics": "derive", "language": "derive"}
 
 
 def stages(cell: DiffusionSpec) -> list[Stage]:
@@ -48,7 +52,7 @@ def stages(cell: DiffusionSpec) -> list[Stage]:
         for key in READS[name]:
             block, _, inner = key.partition(".")
             own[key] = whole.get(block, {}).get(inner, {}) if inner else whole.get(block)
-        many = {"members": cell.members()} if name in ("val_loss", "score") else {}
+        many = {"members": cell.members()} if name in OF_ALL else {}
         made.append(Stage(name, KINDS.get(name, "train"), {**own, **many}, inputs))
     return made
 
@@ -134,8 +138,18 @@ def _sgd(bench: Bench, cell: DiffusionSpec) -> Mapping[str, int]:
     own, steps = cell.reference.sgd, bench.block["steps"]
     sampler = Shuffle() if own.sampler == "shuffle" else Replacement()
     made = descent(bench, bench.parts(plain(cell, own.lr, sampler)), own.lr, steps, own.evaluations, None)
-    made.run()
-    bench.save("theta.npz", packed(made.state))
+    path: dict[int, np.ndarray] = {int(k): v.numpy() for k, v in made.own.items()}
+    due = frozenset(marks(steps) if cell.model.name in LANGUAGE else ())
+    if 0 in due and not path:
+        path[0] = flat(made.state.params)[0]
+
+    def keep(step: int, state: State) -> None:
+        if step in due:
+            path[step] = flat(state.params)[0]
+
+    made.run(keep, lambda: {str(step): torch.from_numpy(theta) for step, theta in path.items()})
+    kept = {"path_steps": np.array(sorted(path)), "path": np.array([path[step] for step in sorted(path)])}
+    bench.save("theta.npz", {**packed(made.state), **(kept if path else {})})
     return made.diverged()
 
 
@@ -207,12 +221,13 @@ def _hessians(bench: Bench, cell: DiffusionSpec) -> None:
     engine = bench.engine(parts, lr, own.steps)
     work = bench.workload(cell)
     along = CurvatureAlong(own, module_at(cell, work, bench.input("gd", "theta.npz")), work, bench.held())
+    each = np.zeros(len(bench.runs), dtype=np.int64)
 
     def look(state: State, step: int) -> None:
         if step % own.every == 0 and step < own.steps:
-            zero = np.zeros(1, dtype=np.int64)
-            index = parts.sampler.indices(engine.replicates, zero, zero + step)[0]
-            along.look(step, flat(state.params)[0], {k: b[0] for k, b in state.buffers.items()}, index)
+            index, theta = parts.sampler.indices(engine.replicates, each, each + step), flat(state.params)
+            for m in np.flatnonzero(np.isfinite(theta).all(axis=1)):
+                along.look(int(m), step, theta[m], {k: b[m] for k, b in state.buffers.items()}, index[m])
 
     if engine.step == 0:
         look(engine.state, 0)
@@ -233,7 +248,7 @@ def _cloud(bench: Bench, cell: DiffusionSpec) -> dict[str, int]:
     times = look_times(own.steps, own.looks, epoch, own.snapshots)
     picked = chosen_directions(curvature["eigenvalues"], own.projections)
     kept = snapshot_times(own.steps, epoch, own.snapshots)
-    looks = Looks(times, kept, at["theta"], curvature["eigenvectors"], picked, bench.held())
+    looks = Looks(times, kept, at["theta"], curvature["eigenvectors"], picked, bench.held(), own.series)
     weights = None
     if own.store == "weights":
         path = bench.path("weights.npy")
@@ -242,7 +257,7 @@ def _cloud(bench: Bench, cell: DiffusionSpec) -> dict[str, int]:
     def after(progress: Any) -> None:
         if weights is not None:
             weights[:, progress.step] = flat(progress.state.params)
-        if progress.step in looks.due:
+        if looks.wants(progress.step):
             looks.look(progress.step, flat(progress.state.params), progress.state.buffers)
 
     bench.train(engine, after, looks.held)
@@ -289,7 +304,10 @@ def gathered(bench: Bench) -> dict[str, Any]:
     theta = {int(t): np.concatenate([b["snapshots"][i, take] for b, take in kept]) for i, t in enumerate(steps)}
     names = [k for k in blocks[0] if k.startswith("buffer/")]
     buffers = {k: np.concatenate([b[k][take] for b, take in kept]) for k in names}
-    return {"theta": theta, "buffers": buffers, "blocks": blocks, "epoch": int(blocks[0]["steps_per_epoch"])}
+    found = {"theta": theta, "buffers": buffers, "blocks": blocks, "epoch": int(blocks[0]["steps_per_epoch"])}
+    if all("series" in b for b in blocks):
+        found["series"] = np.concatenate([b["series"][:, take] for b, take in kept], axis=1).transpose(1, 0, 2)
+    return found
 
 
 def _val_loss(bench: Bench, cell: DiffusionSpec) -> None:
@@ -345,13 +363,58 @@ def _score(bench: Bench, cell: DiffusionSpec) -> None:
             found[f"group_variances{ending}"] = group_variances(alive @ curvature["eigenvectors"])
             found[f"mean{ending}"] = alive.mean(0) - bench.of("curvature").input("gd", "theta.npz")["theta"]
         found[f"runs{ending}"] = np.array(len(alive))
-    unit = torch.finfo(getattr(torch, cell.dtype)).eps * float(np.abs(cloud["blocks"][0]["snapshots"][0, 0]).max())
-    found["rounding"] = np.array(cell.cloud.steps * unit**2)  # variance that rounding alone may give a direction
+    found["rounding"] = np.array(_rounding(cell, cloud))
     arrays = {"eigenvalues": curvature["eigenvalues"], "eigenvectors": curvature["eigenvectors"]}
     extra = {"lr": np.array(float(cell.optimizer.lr)), "steps_per_epoch": np.array(cloud["epoch"])}
     bench.save("score.npz", {**found, **arrays, **extra, "snapshot_steps": np.array(sorted(cloud["theta"]))})
     trace = float(np.trace(found["V"])) if "V" in found else float("nan")
     bench.rows({"step": [cell.cloud.steps - 1], "cloud_trace": [trace]})
+
+
+def _rounding(cell: DiffusionSpec, cloud: Mapping[str, Any]) -> float:
+    """The variance that rounding alone may give a direction."""
+    unit = torch.finfo(getattr(torch, cell.dtype)).eps * float(np.abs(cloud["blocks"][0]["snapshots"][0, 0]).max())
+    return cell.cloud.steps * unit**2
+
+
+def _statistics(bench: Bench, cell: DiffusionSpec) -> None:
+    """What kind of process the cloud is: see :mod:`.statistics`. Runs that are not finite at the end are left out."""
+    cloud, curvature = gathered(bench), bench.input("curvature", "curvature.npz")
+    last = max(cloud["theta"])
+    ends = cloud["theta"][last] - bench.of("curvature").input("gd", "theta.npz")["theta"]
+    alive, series, first = np.isfinite(ends).all(axis=1), cloud.get("series"), cloud["blocks"][0]
+    o: Any = cell.optimizer
+    plain_sgd = o.name == "sgd" and not (o.momentum or o.weight_decay or o.dampening)
+    bench.rows({"step": [cell.cloud.steps - 1]})
+    if alive.sum() < 3:
+        bench.save("statistics.npz", {"runs": np.array(int(alive.sum()))})
+        return
+    found = measured(
+        ends[alive] @ curvature["eigenvectors"],
+        None if series is None else series[alive],
+        first.get("series_steps", np.empty(0, dtype=np.int64)),
+        first["directions"],
+        curvature,
+        float(o.lr),
+        cell.batch_size,
+        last,
+        plain_sgd and cell.sampler.name == "replacement",
+        _rounding(cell, cloud),
+    )
+    bench.save("statistics.npz", found)
+
+
+def _language(bench: Bench, cell: DiffusionSpec) -> None:
+    """See :mod:`.program_language`."""
+    cloud, work, before = gathered(bench), bench.workload(cell), bench.input("sgd", "theta.npz")
+    end = cloud["theta"][max(cloud["theta"])]
+    at = bench.of("curvature").input("gd", "theta.npz")
+    path, steps = [*before["path"], at["theta"]], [*before["path_steps"].tolist(), -1]
+    module = module_at(cell, work, at)
+    alive = end[np.isfinite(end).all(axis=1)]
+    found = language(module, work.data.x_test, path, steps, alive, bench.input("curvature", "curvature.npz"))
+    bench.save("language.npz", found)
+    bench.rows({"step": [cell.cloud.steps - 1]})
 
 
 STAGES: dict[str, Callable[[Any, DiffusionSpec], Mapping[str, int] | None]] = {
@@ -363,4 +426,6 @@ STAGES: dict[str, Callable[[Any, DiffusionSpec], Mapping[str, int] | None]] = {
     "gd_control": _control,
     "val_loss": _val_loss,
     "score": _score,
+    "statistics": _statistics,
+    "language": _language,
 }

@@ -18,7 +18,8 @@ class Looks:
 
     At each time: how many runs are finite, mean and sum of squared deviations (M2) along every eigenvector ``[D]``, and
     the coordinates of every run along the ``picked`` ones. At ``snapshots``: all weights ``[M, D]``; at the last time
-    also the buffers. Nothing grows with the number of steps.
+    also the buffers. From ``series`` updates before the last time on, the coordinates along the ``picked`` ones are
+    kept at every step. Nothing grows with the number of steps.
     """
 
     def __init__(
@@ -29,16 +30,26 @@ class Looks:
         vectors: np.ndarray,
         picked: np.ndarray,
         held: Tree,
+        series: int = 0,
     ) -> None:
         self.due, self.snapshots, self.last = frozenset(times), frozenset(snapshots), max(times)
+        self.dense = range(max(0, self.last - series) if series else self.last + 1, self.last + 1)
         self.theta, self.vectors, self.picked = theta, vectors, picked
         self._kept: dict[str, dict[int, np.ndarray]] = {}
         for key, value in held.items():
             name, _, step = key.rpartition("@")
             self._kept.setdefault(name, {})[int(step)] = value.numpy()
 
+    def wants(self, step: int) -> bool:
+        """Whether anything is recorded after ``step`` updates."""
+        return step in self.due or step in self.dense
+
     def look(self, step: int, theta: np.ndarray, buffers: Mapping[str, Tensor]) -> None:
         """``theta`` ``[M, D]`` after ``step`` updates."""
+        if step in self.dense:
+            self._keep("series", step, (theta - self.theta) @ self.vectors[:, self.picked])
+        if step not in self.due:
+            return
         alive = np.isfinite(theta).all(axis=1)
         inside = (theta - self.theta) @ self.vectors
         rows = inside[alive]
@@ -67,8 +78,10 @@ class Looks:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For one .npz: ``steps`` ``[L]``, ``n`` ``[L]``, ``mean`` and ``m2`` ``[L, D]``, ``projections`` ``[L, M, k]``
-        along ``directions`` ``[k]``, ``snapshots`` ``[S, M, D]`` at ``snapshot_steps``, ``buffer/NAME`` ``[M, …]``."""
+        along ``directions`` ``[k]``, ``series`` ``[T, M, k]`` along them at the successive ``series_steps``,
+        ``snapshots`` ``[S, M, D]`` at ``snapshot_steps``, ``buffer/NAME`` ``[M, …]``."""
         out = {"steps": np.array(sorted(self.due)), "directions": self.picked}
+        out["series_steps"] = np.array(sorted(self._kept.get("series", {})), dtype=np.int64)
         out["snapshot_steps"] = np.array(sorted(self._kept.get("snapshots", {})))
         for name, kept in self._kept.items():
             ordered = [kept[step] for step in sorted(kept)]

@@ -43,31 +43,33 @@ def dense_hessian(module: nn.Module, loss: Loss, data: tuple[Tensor, Tensor]) ->
 
 
 class CurvatureAlong:
-    """Eigenvalues along a run, as its settings ask; ``held`` as a checkpoint has kept it."""
+    """Eigenvalues along several runs, as the settings ask; ``held`` as a checkpoint has kept it."""
 
     def __init__(self, own: HessianRun, module: nn.Module, work: Any, held: Tree) -> None:
         self.own, self.module, self.work = own, module, work
-        self._kept: dict[str, dict[int, np.ndarray]] = {}
-        self._sum: np.ndarray | None = None
+        self._kept: dict[str, dict[int, dict[int, np.ndarray]]] = {}  # name -> run -> step
+        self._sums: dict[int, np.ndarray] = {}
         for key, value in held.items():
-            if key == "sum":
-                self._sum = value.numpy()
-                continue
-            name, _, step = key.rpartition("@")
-            self._kept.setdefault(name, {})[int(step)] = value.numpy()
+            name, run, step = key.split("@")
+            if name == "sum":
+                self._sums[int(run)] = value.numpy()
+            else:
+                self._keep(name, int(run), int(step), value.numpy())
 
-    def look(self, step: int, theta: np.ndarray, buffers: Mapping[str, Tensor], index: np.ndarray) -> None:
-        """Measure at the weights before update ``step``, whose batch is ``index`` ``[B]``."""
+    def _keep(self, name: str, run: int, step: int, value: np.ndarray) -> None:
+        self._kept.setdefault(name, {}).setdefault(run, {})[step] = value
+
+    def look(self, run: int, step: int, theta: np.ndarray, buffers: Mapping[str, Tensor], index: np.ndarray) -> None:
+        """Measure at a run's weights before update ``step``, whose batch is ``index`` ``[B]``."""
         set_weights(self.module, theta)
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
         x, y = self.work.data.x_train, self.work.data.y_train
         data = (x[torch.from_numpy(index)], y[torch.from_numpy(index)]) if self.own.data == "batch" else (x, y)
-        found = self._measure(data)
-        for name, value in found.items():
-            self._kept.setdefault(name, {})[step] = value
+        for name, value in self._measure(run, data).items():
+            self._keep(name, run, step, value)
 
-    def _measure(self, data: tuple[Tensor, Tensor]) -> dict[str, np.ndarray]:
+    def _measure(self, run: int, data: tuple[Tensor, Tensor]) -> dict[str, np.ndarray]:
         k = self.own.k
         if self.own.method == "top_k":
             top = top_k(self.module, self.work.loss, data, k)
@@ -76,26 +78,28 @@ class CurvatureAlong:
             found = spectral_density(self.module, self.work.loss, data)
             return {"nodes": found.nodes.numpy(force=True), "weights": found.weights.numpy(force=True)}
         matrix = dense_hessian(self.module, self.work.loss, data)
-        self._sum = matrix if self._sum is None else self._sum + matrix
+        self._sums[run] = self._sums[run] + matrix if run in self._sums else matrix
         values, vectors = np.linalg.eigh(matrix)
         return {"eigenvalues": values, "vectors": vectors[:, ::-1][:, :k]}
 
     def held(self) -> Tree:
         """What a checkpoint has to hold."""
         out = {
-            f"{name}@{step}": torch.from_numpy(np.ascontiguousarray(value))
-            for name, kept in self._kept.items()
+            f"{name}@{run}@{step}": torch.from_numpy(np.ascontiguousarray(value))
+            for name, runs in self._kept.items()
+            for run, kept in runs.items()
             for step, value in kept.items()
         }
-        return out if self._sum is None else {**out, "sum": torch.from_numpy(self._sum)}
+        return {**out, **{f"sum@{run}@0": torch.from_numpy(total) for run, total in self._sums.items()}}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For one .npz: ``steps`` ``[K]``, ``eigenvalues`` ``[K, …]``, ``vectors``, or ``nodes`` and ``weights``;
-        ``mean_hessian`` ``[D, D]`` with its own eigenvalues where Hessians are dense."""
-        steps = sorted(next(iter(self._kept.values())))
+        """For one .npz: ``steps`` ``[K]``; per run ``eigenvalues`` ``[R, K, ...]`` and ``vectors``, or ``nodes`` and
+        ``weights``; where Hessians are dense ``mean_hessian`` ``[R, D, D]``, every run's mean over its steps."""
+        steps = sorted({step for runs in self._kept.values() for kept in runs.values() for step in kept})
         out = {"steps": np.array(steps)}
-        out |= {name: np.stack([kept[step] for step in steps]) for name, kept in self._kept.items()}
-        if self._sum is not None:
-            mean = self._sum / len(steps)
-            out |= {"mean_hessian": mean, "mean_eigenvalues": np.linalg.eigvalsh(mean)}
+        for name, runs in self._kept.items():
+            missing = np.full_like(next(iter(next(iter(runs.values())).values())), np.nan)  # of a run that diverged
+            out[name] = np.stack([np.stack([runs[run].get(step, missing) for step in steps]) for run in sorted(runs)])
+        if self._sums:
+            out["mean_hessian"] = np.stack([self._sums[run] / len(steps) for run in sorted(self._sums)])
         return out

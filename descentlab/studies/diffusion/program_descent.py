@@ -16,6 +16,7 @@ import torch
 from ...core.protocols import Selection
 from ...core.state import State
 from ...core.tree import Tree
+from ...engine.work import VmapWork
 
 HELD = 5000  # rows before they are written
 
@@ -41,6 +42,7 @@ class Descent:
         self.bench, self.parts, self.lr, self.steps = bench, parts, lr, steps
         self.every, self.evaluate_every, self.step, self.lost = every, evaluate_every, 0, -1
         self.own: Tree = {}
+        self._work = parts.single if isinstance(parts.many, VmapWork) else parts.many  # one member needs no vmap
         params, buffers = start["params"], start["buffers"]
         if bench.saved is not None:
             held, self.step = bench.saved
@@ -74,7 +76,7 @@ class Descent:
         state, at = self.state, np.array([self.step])
         replicate = np.array(self.bench.replicates[:1])
         index = torch.from_numpy(self.parts.sampler.indices(replicate, np.zeros(1, dtype=np.int64), at))
-        found = self.parts.many.work(state, Selection(self.parts.train, index.to(self.parts.train[0].device)), None)
+        found = self._work.work(state, Selection(self.parts.train, index.to(self.parts.train[0].device)), None)
         last = self.step + 1 == self.steps
         if self.step % self.every == 0 or last:
             self._record(found)

@@ -16,7 +16,7 @@ def _slope(module: nn.Module, work: Any) -> tuple[float, np.ndarray]:
     """Loss and gradient ``[D]`` of all training data, in float64."""
     value = work.loss(module(work.data.x_train), work.data.y_train)
     parts = torch.autograd.grad(value, list(module.parameters()))
-    return float(value), torch.cat([g.flatten() for g in parts]).double().numpy(force=True)
+    return float(value.detach()), torch.cat([g.flatten() for g in parts]).double().numpy(force=True)
 
 
 def polished(

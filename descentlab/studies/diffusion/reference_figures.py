@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from ...report.figures import COLOURS, DOUBLE, GREY, SINGLE, looks, new_figure, panel_title, plain_log_ticks, styled
+from ...theory.intervals import eigenvalues_of_mean, over_replicates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,8 @@ def stitched(sgd: pl.DataFrame, gd: pl.DataFrame, clouds: Mapping[str, pl.DataFr
         axes = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1.3))
         for ax, rows, name in zip(axes[:2], (sgd, gd), ("SGD", "gradient descent"), strict=True):
             if rows.height:
-                step, loss = _binned(rows["step"].to_numpy(), rows["train_loss"].to_numpy())
+                trained = rows.filter(pl.col("train_loss").is_not_null())
+                step, loss = _binned(trained["step"].to_numpy(), trained["train_loss"].to_numpy())
                 ax.plot(step, loss, color=COLOURS[0], linewidth=1.1, label="training loss")
                 tested = rows.filter(pl.col("test_loss").is_not_null()) if "test_loss" in rows.columns else rows.head(0)
                 ax.plot(tested["step"], tested["test_loss"], color=COLOURS[1], linestyle="--", label="test loss")
@@ -44,7 +46,7 @@ def stitched(sgd: pl.DataFrame, gd: pl.DataFrame, clouds: Mapping[str, pl.DataFr
         panel_title(axes[2], 2, "clouds: mean batch loss")
         axes[2].set_xlabel("step")
         if clouds:
-            figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=4)
+            figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -78,30 +80,39 @@ def gradient_norms(gd: pl.DataFrame, polish: Sequence[float]) -> Figure:
 
 
 def tubes(along: Mapping[str, Arrays]) -> Figure:
-    """Sorted eigenvalues of the Hessians along runs: mean over steps and two standard deviations."""
+    """Sorted eigenvalues of the Hessians along runs: mean and two standard deviations over runs and steps; and the
+    largest one over time, mean over runs with Student's interval where there are several."""
     look = looks(list(along))
     with styled():
         figure = new_figure(DOUBLE, 2.6)
         left, right = figure.subplots(1, 2)
         for name, found in along.items():
-            values, mark = found["eigenvalues"][:, ::-1], look[name]
-            mean, spread = values.mean(0), values.std(0)
+            values, mark = found["eigenvalues"][:, :, ::-1], look[name]
+            mean, spread = np.nanmean(values, (0, 1)), np.nanstd(values, (0, 1))
             kept = np.abs(mean) > SMALL
             place = np.arange(1, len(mean) + 1)
             left.plot(place[kept], mean[kept], color=mark.colour, linestyle=mark.line, linewidth=1, label=name)
             low, high = mean - 2 * spread, mean + 2 * spread
             left.fill_between(place, low, high, where=kept, color=mark.colour, alpha=0.15, linewidth=0)
-            right.plot(found["steps"], values[:, 0], color=mark.colour, linestyle=mark.line, linewidth=1)
+            _largest(right, found["steps"], values[:, :, 0], mark)
         left.set_yscale("symlog", linthresh=1e-3)
         left.axhline(0, color=GREY, linewidth=0.6)
         left.set_xlabel("place")
         left.set_ylabel("eigenvalue of a batch's Hessian")
         right.set_xlabel("step")
         right.set_ylabel("largest eigenvalue")
-        panel_title(left, 0, "mean and two deviations over steps")
+        panel_title(left, 0, "mean and two deviations")
         panel_title(right, 1, "sharpest direction of each batch")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _largest(ax: Any, steps: np.ndarray, values: np.ndarray, mark: Any) -> None:
+    """``values`` ``[R, K]`` over ``steps``."""
+    ax.plot(steps, np.nanmean(values, 0), color=mark.colour, linestyle=mark.line, linewidth=1)
+    if len(values) > 1:
+        found = over_replicates(values)
+        ax.fill_between(steps, found.low, found.high, color=mark.colour, alpha=0.12, linewidth=0)
 
 
 def alignment(values: np.ndarray, noise: np.ndarray, cosine: float, scale: float) -> Figure:
@@ -125,14 +136,23 @@ def alignment(values: np.ndarray, noise: np.ndarray, cosine: float, scale: float
     return figure
 
 
-def across_rates(rates: np.ndarray, traces: np.ndarray, predicted: np.ndarray, along: Mapping[str, Arrays]) -> Figure:
-    """What changes with the learning rate: the cloud's size, and the mean Hessian of the batches along a run."""
+def across_rates(
+    rates: np.ndarray, traces: np.ndarray, predicted: np.ndarray, along: Mapping[str, Arrays], shares: Mapping[str, Any]
+) -> Figure:
+    """What changes with the learning rate: the cloud's size, the averaged Hessian of the batches along runs, and
+    its trace beside that at theta*.
+
+    ``traces`` ``[L, 3]``: value, low, high. ``shares``: name -> trace of the averaged Hessian over that of all data at
+    theta*, an interval over runs.
+    """
     look = looks(list(along))
     with styled():
         figure = new_figure(DOUBLE, 2.5)
         first, second, third = figure.subplots(1, 3)
-        first.plot(rates, predicted, "-", color=GREY, label="predicted")
-        first.plot(rates, traces, "o", color=COLOURS[0], markersize=4, label="measured")
+        order = np.argsort(rates)
+        first.plot(rates[order], predicted[order], "-", color=GREY, label="predicted")
+        apart = np.abs(traces[:, [1, 2]] - traces[:, :1]).T
+        first.errorbar(rates, traces[:, 0], apart, fmt="o", color=COLOURS[0], markersize=3, capsize=2, label="measured")
         first.set_xscale("log")
         first.set_yscale("log")
         first.set_xlabel("learning rate")
@@ -141,16 +161,31 @@ def across_rates(rates: np.ndarray, traces: np.ndarray, predicted: np.ndarray, a
         first.minorticks_off()
         plain_log_ticks(first)
         first.legend()
-        for name, found in along.items():
-            mean, mark = found["mean_eigenvalues"][::-1], look[name]
+        for i, (name, found) in enumerate(along.items()):
+            mean, mark = averaged_eigenvalues(found)[:, 0][::-1], look[name]
             second.plot(np.arange(1, 1 + len(mean)), mean, color=mark.colour, linestyle=mark.line, label=name)
-            third.plot(found["steps"], found["eigenvalues"].sum(1), color=mark.colour, linestyle=mark.line)
+            value, low, high = shares[name]
+            third.errorbar(i, value, [[value - low], [high - value]], fmt=mark.marker, color=mark.colour, capsize=2)
         second.set_yscale("symlog", linthresh=1e-3)
         second.set_xlabel("place")
-        second.set_ylabel("eigenvalue of the mean Hessian")
-        third.set_xlabel("step")
-        third.set_ylabel("trace of a batch's Hessian")
-        for i, (ax, name) in enumerate(zip((first, second, third), ("cloud", "mean Hessian", "trace"), strict=True)):
+        second.set_ylabel("averaged eigenvalue")
+        third.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+        third.set_xlim(-0.5, len(along) - 0.5)
+        third.set_xticks([])
+        third.set_xlabel("cloud")
+        third.set_ylabel(r"trace, averaged / at $\theta^*$")
+        names = ("size of the cloud", "averaged batch Hessian", "its trace")
+        for i, (ax, name) in enumerate(zip((first, second, third), names, strict=True)):
             panel_title(ax, i, name)
         figure.legend(*second.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def averaged_eigenvalues(found: Arrays) -> np.ndarray:
+    """Eigenvalues (rising) of the Hessian averaged over runs and steps, ``[D, 3]``: with jackknife intervals over runs
+    where there are three, else without ends (NaN)."""
+    matrices = found["mean_hessian"][np.isfinite(found["mean_hessian"]).all((1, 2))]
+    if len(matrices) > 2:
+        return np.stack(eigenvalues_of_mean(matrices), axis=1)
+    values = np.linalg.eigvalsh(matrices.mean(0))
+    return np.stack([values, np.full_like(values, np.nan), np.full_like(values, np.nan)], axis=1)

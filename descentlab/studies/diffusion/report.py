@@ -12,15 +12,17 @@ from ...analysis.results import ResultsLike
 from ...core.errors import StudyError
 from ...report import Column, FigureBlock, Paragraph, Report, Section, SummaryItem, TableBlock, Verdict
 from ...store.moments import load_moments
+from ...theory.intervals import over_replicates
 from ..common import command_text, is_brief, plain_item, shown_provenance
-from . import figures, reference_figures
-from .clouds import Cloud, Stages, clouds_of
-from .score import Bridge, Score, bridge, items, score
+from . import contrasts, control, figures, language_figures, process_figures, reference_figures
+from .clouds import Cloud, Stages, clouds_of, merged_hessians
+from .score import Bridge, Score, bridge, items, score, trace_item
 from .spec import STUDY
 from .verdicts import Point, bridge_verdict, cloud_verdict, point_of, point_verdict, prediction_table
 
 MODES = 6  # shown over time
 CLOUDS = 4  # shown in one figure
+Described = Mapping[str, tuple[Mapping[str, np.ndarray], Mapping[str, SummaryItem]]]  # of a cloud: arrays and summary
 
 
 def build(results: ResultsLike) -> Report:
@@ -33,10 +35,19 @@ def build(results: ResultsLike) -> Report:
     scores = {name: found for name, held in arrays.items() if (found := score(held)) is not None}
     point = point_of(stages, results)
     found_bridge = next((b for name, held in arrays.items() if (b := bridge(held)) is not None), None)
+    processes = _processes(clouds, stages)
     summary = _summary(arrays, scores, point, found_bridge, _losses(clouds, stages))
+    texts, controls = _texts(clouds, stages), _controls(clouds, stages)
+    described = [(name, own) for kind in (processes, texts) for name, (_, own) in kind.items()]
+    for name, own in [*described, *controls.items()]:
+        summary |= {f"diffusion/{name}/{key}": value for key, value in own.items()}
+    answers = contrasts.answers([contrasts.measure(results, stages, c) for c in clouds])
+    summary |= contrasts.items(answers)
     verdicts = [cloud_verdict(c, scores[c.name], summary) for c in clouds if c.name in scores]
     verdicts += [bridge_verdict(found_bridge)] if found_bridge else []
     verdicts += [point_verdict(point)] if point else []
+    verdicts += [process_figures.verdict(name, *held) for name, held in list(processes.items())[:CLOUDS]]
+    verdicts += contrasts.verdicts(answers)
     failed = _failures(results)
     ended = sum(row["status"] in ("done", "diverged") for row in results.status)
     waiting = len(results.runs) - ended
@@ -45,11 +56,12 @@ def build(results: ResultsLike) -> Report:
         question=STUDY.question,
         verdicts=verdicts
         or [Verdict("Finished: " + ", ".join(dict.fromkeys(b["stage"] for b in stages.blocks)) + ".")],
-        sections=_sections(results, stages, clouds, arrays, scores, point),
+        sections=_sections(results, stages, clouds, arrays, scores, point, processes, texts, controls),
         summary=summary,
         failures=failed,
         provenance=shown_provenance(results.provenance),
         command=command_text(results, "diffusion"),
+        contrasts=contrasts.table(answers),
         runs=ended,
         notes=_notes(results, stages, waiting),
         pdf=not is_brief(results),
@@ -86,7 +98,7 @@ def _summary(
         if linear is not None:
             text = "relative error of linear theory, with curvature and noise at theta* only"
             out[f"diffusion/{name}/relative_error_linear"] = plain_item(linear.relative_error, one.n, text)
-        out[f"diffusion/{name}/cloud_trace"] = plain_item(float(np.trace(held["V"])), one.n, "trace of V")
+        out[f"diffusion/{name}/cloud_trace"] = trace_item(held)
         out[f"diffusion/{name}/predicted_trace"] = plain_item(float(np.trace(held["Vhat"])), one.n, "trace of Vhat")
     if found is not None:
         out["diffusion/bridge/mid_epoch_ratio"] = found.ratio
@@ -122,13 +134,19 @@ def _sections(
     arrays: Mapping[str, Mapping[str, np.ndarray]],
     scores: Mapping[str, Score],
     point: Point | None,
+    processes: Described,
+    texts: Described,
+    controls: Mapping[str, Mapping[str, SummaryItem]],
 ) -> list[Section]:
     brief = is_brief(results)
     made = [
-        _prediction(clouds, arrays, scores),
+        _prediction(clouds, arrays, scores, _curvatures(clouds, stages), brief),
         *([] if brief else [_time(stages, clouds, arrays), _shape(stages, clouds, arrays)]),
-        _validation(_losses(clouds, stages)),
-        _reference(results, stages, clouds, point),
+        _kind(clouds, processes, brief),
+        Section("Beside gradient descent", [control.table(controls)] if controls else []),
+        _attention(texts, brief),
+        *([] if brief else [_validation(_losses(clouds, stages))]),
+        _reference(results, stages, clouds, point, brief),
         *([] if brief else [_curvature(stages, clouds, arrays)]),
         Section("How the numbers are made", [Paragraph(text) for text in METHOD]),
     ]
@@ -136,7 +154,11 @@ def _sections(
 
 
 def _prediction(
-    clouds: Sequence[Cloud], arrays: Mapping[str, Mapping[str, np.ndarray]], scores: Mapping[str, Score]
+    clouds: Sequence[Cloud],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    scores: Mapping[str, Score],
+    curvatures: Mapping[str, Mapping[str, np.ndarray]],
+    brief: bool,
 ) -> Section:
     blocks: list[Any] = []
     shown = {c.name: scores[c.name] for c in clouds if c.name in scores and c.sampler == "replacement"}
@@ -149,10 +171,11 @@ def _prediction(
         )
         alt = "Measured against predicted variance, points on the diagonal"
         blocks.append(FigureBlock("agreement", figures.agreement(shown), caption, alt))
+    if shown and not brief:
         caption = "All directions at once: eigenvalues of the measured covariance in units of the predicted one."
         blocks.append(FigureBlock("whitened", figures.whitened(shown), caption, "Histogram and Marchenko-Pastur law"))
     if scores:
-        blocks.append(prediction_table(clouds, arrays, scores))
+        blocks.append(prediction_table(clouds, arrays, scores, curvatures))
     return Section("Measured and predicted spread", blocks)
 
 
@@ -209,6 +232,75 @@ def _shape(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Mapping
     return Section("Shape of a cloud", blocks)
 
 
+def _curvatures(clouds: Sequence[Cloud], stages: Stages) -> dict[str, Mapping[str, np.ndarray]]:
+    """Name of a cloud with a score -> the ``curvature.npz`` of its theta*."""
+    scored = [c for c in clouds if c.score is not None]
+    return {c.name: stages.arrays(stages.before(c.members[0], "curvature")[0]) for c in scored}
+
+
+def _controls(clouds: Sequence[Cloud], stages: Stages) -> dict[str, Mapping[str, SummaryItem]]:
+    """Name of a cloud -> its mean beside its control."""
+    found: dict[str, Mapping[str, SummaryItem]] = {}
+    for c in clouds:
+        if c.score is not None and c.control is not None and "mean" in (held := stages.arrays(c.score)):
+            found[c.name] = control.items(held, stages.arrays(c.control), _curvatures([c], stages)[c.name])
+    return found
+
+
+def _texts(clouds: Sequence[Cloud], stages: Stages) -> Described:
+    """Name of a cloud of a transformer -> its ``language.npz`` and the summary of it."""
+    held = {c.name: stages.arrays(c.language) for c in clouds if c.language is not None}
+    return {name: (found, language_figures.items(found)) for name, found in held.items()}
+
+
+def _attention(texts: Described, brief: bool) -> Section:
+    blocks: list[Any] = []
+    if texts:
+        name, (found, _) = next(iter(texts.items()))
+        if not brief:
+            caption = (
+                f"{name}. Above: mean attention weights of the first head at four moments of training. Below: "
+                f"quantities along training, with the ends of {len(found['run_values'])} runs from theta*, and how "
+                "parameters, spread and curvature share out over the model."
+            )
+            shown = language_figures.picture(found)
+            blocks.append(FigureBlock("language", shown, caption, "Attention maps and embeddings over time"))
+        blocks.append(language_figures.table(texts))
+    return Section("Attention and embeddings", blocks)
+
+
+def _processes(clouds: Sequence[Cloud], stages: Stages) -> Described:
+    """Name of a cloud -> its ``statistics.npz`` and the summary of it."""
+    held = {c.name: stages.arrays(c.statistics) for c in clouds if c.statistics is not None}
+    return {name: (found, process_figures.items(found)) for name, found in held.items() if "directions" in found}
+
+
+def _kind(
+    clouds: Sequence[Cloud],
+    processes: Described,
+    brief: bool,
+) -> Section:
+    blocks: list[Any] = []
+    own = [c for c in clouds if c.name in processes]
+    if own:
+        chosen = max((c for c in own if c.sampler == "replacement"), key=lambda c: c.lr, default=own[-1])
+        found = processes[chosen.name][0]
+        if not brief:
+            steps = found.get("series_steps", np.zeros(1))
+            caption = (
+                f"{chosen.name}: {int(found['runs'])} runs along {len(found['directions'])} kept eigenvectors; memory, "
+                f"rotation and roughness over steps {int(steps[0])} to {int(steps[-1])}, the rest at the end. Bars: 95 "
+                "% intervals (Student's t over runs; chi-square for temperatures; influence function for tails)."
+            )
+            picture = process_figures.process(found)
+            blocks.append(FigureBlock("process", picture, caption, "Six properties against linear theory"))
+        for same in (True, False):  # short tables stay open
+            of_kind = {c.name: processes[c.name] for c in own if (c.sampler == "replacement") == same}
+            if of_kind:
+                blocks.append(process_figures.table(of_kind))
+    return Section("What kind of process a cloud is", blocks)
+
+
 def _validation(losses: Mapping[str, Mapping[str, np.ndarray]]) -> Section:
     shown = {name: held for name, held in list(losses.items())[:CLOUDS] if np.isfinite(held["loss"]).any()}
     if not shown:
@@ -219,10 +311,12 @@ def _validation(losses: Mapping[str, Mapping[str, np.ndarray]]) -> Section:
     return Section("Test loss of the runs", [picture])
 
 
-def _reference(results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], point: Point | None) -> Section:
+def _reference(
+    results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], point: Point | None, brief: bool
+) -> Section:
     frame = results.frame
     rows = {role: frame.filter(pl.col("role") == role).sort("step") for role in ("sgd", "gd")}
-    rows = {role: part.filter(pl.col("train_loss").is_not_null()) for role, part in rows.items() if part.height}
+    rows = {role: part for role, part in rows.items() if part.height}
     if "gd" not in rows or "sgd" not in rows:
         return Section("The point they start from", [])
     moments = load_moments(results.path)
@@ -240,7 +334,7 @@ def _reference(results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], po
         FigureBlock("loss", reference_figures.stitched(rows["sgd"], rows["gd"], held), caption, "Loss curves")
     )
     gd = rows["gd"].filter(pl.col("grad_norm") > 0)
-    if gd.height:
+    if gd.height and not brief:
         polish = point.polish if point else ()
         caption = "How the gradient's norm falls on the way to theta*."
         picture = reference_figures.gradient_norms(gd, polish)
@@ -249,12 +343,15 @@ def _reference(results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], po
 
 
 def _curvature(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> Section:
-    held = {c.name: stages.arrays(c.hessians) for c in clouds if c.hessians is not None}
-    dense = {name: found for name, found in list(held.items())[:CLOUDS] if "mean_eigenvalues" in found}
+    held = {c.name: merged_hessians([stages.arrays(b) for b in c.hessians]) for c in clouds if c.hessians}
+    dense = {name: found for name, found in list(held.items())[:CLOUDS] if "mean_hessian" in found}
     blocks: list[Any] = []
     if dense:
-        n = len(next(iter(dense.values()))["steps"])
-        caption = f"{n} Hessians of the batch about to be used, along one run from theta* per learning rate and loader."
+        shape = next(iter(dense.values()))["eigenvalues"].shape
+        caption = (
+            f"{shape[1]} Hessians of the batch about to be used along each of {shape[0]} runs from theta* per learning "
+            "rate and loader. Left: over runs and steps; right: mean over runs with Student's 95 % interval."
+        )
         blocks.append(FigureBlock("eigenvalues", reference_figures.tubes(dense), caption, "Eigenvalue tubes"))
     curvature = stages.named("curvature")
     if curvature:
@@ -267,13 +364,32 @@ def _curvature(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Map
         caption = "Exact covariance of single-sample gradients along the Hessian's eigenvectors, all training data."
         blocks.append(FigureBlock("alignment", picture, caption, "Gradient noise against curvature"))
     own = [c for c in clouds if c.name in arrays and c.sampler == "replacement" and "Vhat" in arrays[c.name]]
-    if dense and len(own) > 1:
-        traces = np.array([np.trace(arrays[c.name]["V"]) for c in own])
+    if dense and len(own) > 1 and curvature:
+        traces = [trace_item(arrays[c.name]) for c in own]
+        ends = np.array(
+            [[t.value, t.value if t.low is None else t.low, t.high or t.value] for t in traces], dtype=float
+        )
         predicted = np.array([np.trace(arrays[c.name]["Vhat"]) for c in own])
-        picture = reference_figures.across_rates(np.array([c.lr for c in own]), traces, predicted, dense)
-        caption = "What a learning rate changes: size of the cloud, mean Hessian of the batches, and its trace."
+        shares = {c.name: _trace_share(c, stages, dense[c.name]) for c in clouds if c.name in dense}
+        picture = reference_figures.across_rates(np.array([c.lr for c in own]), ends, predicted, dense, shares)
+        runs = max(len(found["mean_hessian"]) for found in dense.values())
+        caption = (
+            f"What a learning rate changes. Size of the cloud: jackknife over groups of runs. Averaged Hessian: over "
+            f"{runs} runs and their steps; trace: mean over these runs with Student's 95 % interval."
+        )
         blocks.append(FigureBlock("rates", picture, caption, "Comparison across learning rates"))
     return Section("Curvature and noise", blocks)
+
+
+def _trace_share(cloud: Cloud, stages: Stages, found: Mapping[str, np.ndarray]) -> tuple[float, float, float]:
+    """Trace of the averaged Hessian over that of all data at theta*: mean over runs and its 95 % interval."""
+    before = stages.before(cloud.members[0], "curvature")
+    whole = float(np.trace(stages.arrays(before[0])["hessian"]))
+    each = np.trace(found["mean_hessian"], axis1=1, axis2=2) / whole
+    if len(each) < 2:
+        return float(each[0]), float(each[0]), float(each[0])
+    value, low, high = over_replicates(each)
+    return float(value), float(low), float(high)
 
 
 METHOD = (

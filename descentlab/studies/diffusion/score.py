@@ -106,6 +106,12 @@ def jackknifed(value: float, groups: np.ndarray, of: Callable[[np.ndarray], floa
     return SummaryItem(value, n, value - half, value + half, f"{what}; jackknife over {len(each)} groups of runs, t")
 
 
+def trace_item(arrays: Mapping[str, np.ndarray]) -> SummaryItem:
+    """Trace of V with its interval over groups of runs."""
+    groups = arrays.get("group_variances", np.empty((0, 0)))
+    return jackknifed(float(np.trace(arrays["V"])), groups, lambda g: float(g.sum()), int(arrays["runs"]), "trace of V")
+
+
 def floor_item(found: Score, vectors: np.ndarray, predicted: np.ndarray, draws: int = 100) -> SummaryItem:
     """sqrt(2 / (n - 1)), and the range in which a perfect prediction's relative error falls in 95 % of clouds: Wishart
     matrices drawn from the prediction (Bartlett), whose directions are correlated as the cloud's are."""

@@ -13,9 +13,22 @@ from ...core.errors import UserError
 from ...core.specs import Spec, extent
 from ...optim.specs import Optimizer, Sgd
 from ..training.spec import Splits
+from .questions import QUESTIONS
 from .setups import presets
 
-Part = Literal["all", "sgd", "gd", "curvature", "hessians", "sgd_cloud", "gd_control", "val_loss", "score"]
+Part = Literal[
+    "all",
+    "sgd",
+    "gd",
+    "curvature",
+    "hessians",
+    "sgd_cloud",
+    "gd_control",
+    "val_loss",
+    "score",
+    "statistics",
+    "language",
+]
 
 # stage -> the stages it continues; a stage's key is made of its own settings and of the keys of these
 INPUTS: dict[str, tuple[str, ...]] = {
@@ -27,7 +40,10 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "gd_control": ("gd", "curvature"),
     "val_loss": ("sgd_cloud",),
     "score": ("curvature", "sgd_cloud"),
+    "statistics": ("curvature", "sgd_cloud"),
+    "language": ("sgd", "curvature", "sgd_cloud"),
 }
+OF_ALL = ("val_loss", "score", "statistics", "language")  # stages that read every run of a cloud
 # stage -> the settings it reads; a dotted one is a key of a block
 READS: dict[str, tuple[str, ...]] = {
     "sgd": ("dataset", "splits", "model", "dtype", "seed", "batch_size", "scale", "reference.sgd"),
@@ -38,7 +54,10 @@ READS: dict[str, tuple[str, ...]] = {
     "gd_control": ("optimizer", "control", "cloud"),
     "val_loss": (),
     "score": ("theory",),
+    "statistics": (),
+    "language": (),
 }
+LANGUAGE = ("nanogpt",)  # models that stage language is for
 
 
 class Descent(Spec):
@@ -71,8 +90,9 @@ class Reference(Spec):
 
 
 class HessianRun(Spec):
-    """One run from theta* along which curvature is measured."""
+    """Runs from theta* along which curvature is measured: the first of the cloud's."""
 
+    runs: PositiveInt = extent(1, description="runs; intervals of eigenvalues are over them")
     steps: PositiveInt = 1000
     every: PositiveInt = Field(20, description="steps between Hessians")
     data: Literal["batch", "full"] = Field("batch", description="of the batch about to be used, or of all data")
@@ -91,6 +111,7 @@ class Cloud(Spec):
         [], description="steps whose weights are kept, beside half an epoch and end"
     )
     projections: PositiveInt = Field(12, description="directions whose coordinates are kept for every run")
+    series: NonNegativeInt = Field(128, description="last updates after each of which these coordinates are kept")
     store: Literal["moments", "weights"] = Field(
         "moments", description="weights: also every weight of every run and step, in a memory-mapped array"
     )
@@ -164,24 +185,27 @@ def _before(stage: str) -> list[str]:
 
 def wanted(cell: DiffusionSpec) -> list[str]:
     """The stages to run, inputs first."""
-    return list(INPUTS) if cell.stage == "all" else [*_before(cell.stage), cell.stage]
+    if cell.stage != "all":
+        return [*_before(cell.stage), cell.stage]
+    return [stage for stage in INPUTS if stage != "language" or cell.model.name in LANGUAGE]
 
 
 def plan(cells: Sequence[DiffusionSpec]) -> list[tuple[int, int, str, dict[str, Any]]]:
     """One run per stage, and of a cloud one per member; what several cells share is there once. Replicate 0 is the
-    reference; members count from 1, and the run of stage ``hessians`` sees the batches of member 1."""
+    reference; members count from 1, and the runs of stage ``hessians`` see the batches of the first members."""
     found: list[tuple[int, int, str, dict[str, Any]]] = []
     seen: set[tuple[str, str, int]] = set()
     for index, cell in enumerate(cells):
         n = cell.members()
         for stage in wanted(cell):
-            of_all = stage in ("val_loss", "score")
+            of_all = stage in OF_ALL
             key = (stage, canonical(cell.identity_of(stage)), n if of_all else 0)
             if key in seen:
                 continue
             seen.add(key)
             labels = {"members": n} if of_all else {}
-            replicates = range(1, n + 1) if stage == "sgd_cloud" else [1 if stage == "hessians" else 0]
+            several = {"sgd_cloud": n, "hessians": cell.hessians.runs}.get(stage)
+            replicates = range(1, several + 1) if several else range(1)
             found += [(index, replicate, stage, dict(labels)) for replicate in replicates]
     return found
 
@@ -190,6 +214,8 @@ def check(cell: DiffusionSpec) -> None:
     """Settings that contradict each other; UserError."""
     if cell.sampler.name == "full":
         raise UserError("sampler", "full", "shuffle or replacement; gradient descent is the stage gd_control")
+    if cell.stage == "language" and cell.model.name not in LANGUAGE:
+        raise UserError("stage", "language", f"another stage for model = {cell.model.name}, or model=nanogpt")
     if cell.schedule.name != "constant":
         raise UserError("schedule", cell.schedule.name, "constant: predictions are for one learning rate")
     if cell.observe.weights != "none" or cell.observe.extra:
@@ -203,13 +229,14 @@ def check(cell: DiffusionSpec) -> None:
 DEFAULT: dict[str, Any] = {
     "grid": {"optimizer.lr": [0.01, 0.05], "sampler": ["replacement", "shuffle"]},
     "observe": {"reduce": "moments", "every": 10},
+    "hessians": {"runs": 4},
 }
 QUICK: dict[str, Any] = {
     "grid": {"optimizer.lr": [0.05], "sampler": ["replacement", "shuffle"]},
     "runs": 200,
     "splits": {"train": "train[:640]", "test": "test[:200]"},
     "reference": {"sgd": {"epochs": 40}, "gd": {"steps": 200}},
-    "hessians": {"steps": 40},
+    "hessians": {"steps": 40, "runs": 1},
     "cloud": {"steps": 105, "looks": 20},
     "theory": {"closure": "linear"},
 }
@@ -218,7 +245,7 @@ STUDY = StudyDef(
     name="diffusion",
     question="Which cloud do SGD runs from one point form, and does theory predict its spread in every direction?",
     spec=DiffusionSpec,
-    presets={"default": DEFAULT, **presets()},
+    presets={"default": DEFAULT, **QUESTIONS, **presets()},
     sizes={"quick": QUICK, "default": {}, "full": {"runs": 10_000}},
     plan=plan,
     check=check,

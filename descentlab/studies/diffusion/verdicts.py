@@ -10,6 +10,7 @@ import numpy as np
 
 from ...analysis.results import ResultsLike
 from ...report import Column, SummaryItem, TableBlock, Verdict
+from ...theory import diffusion
 from ..common import plain_item
 from .clouds import Cloud, Stages
 from .score import Bridge, Score, along, score
@@ -98,7 +99,8 @@ def point_of(stages: Stages, results: ResultsLike) -> Point | None:
 def point_verdict(point: Point) -> Verdict:
     """Whether theta* is a critical point, in one line."""
     if point.critical:
-        kind = "a minimum" if not point.negative else f"a saddle with {point.negative} falling directions"
+        kind = "a minimum" if not point.flat else f"no direction falls, {point.flat} are flat to second order"
+        kind = f"a saddle with {point.negative} falling directions" if point.negative else kind
         return Verdict(f"theta* is a critical point, {kind}: |gradient| = {point.gradient:.2g}", point.text())
     why = "descent goes round it in an orbit of period two" if point.orbit else f"|gradient| = {point.gradient:.2g}"
     return Verdict(f"theta* is not a critical point: {why}", point.text())
@@ -142,8 +144,37 @@ def published(arrays: Mapping[str, np.ndarray], covariance: np.ndarray, batch_si
     return float(arrays["lr"]) * noise / (2 * np.abs(arrays["eigenvalues"]) + 1e-6)
 
 
+def simpler(
+    cloud: Cloud, arrays: Mapping[str, np.ndarray], curvature: Mapping[str, np.ndarray], steps: int
+) -> dict[str, np.ndarray]:
+    """Variances ``[D]`` by what others use: the process in continuous time, and the published stationary formula. For
+    plain SGD with replacement; empty for other clouds."""
+    o, batch = cloud.settings["optimizer"], int(cloud.settings["batch_size"])
+    if cloud.sampler != "replacement" or o["name"] != "sgd" or o.get("momentum") or o.get("weight_decay"):
+        return {}
+    noise = curvature["covariance"] / batch
+    continuous = diffusion.continuous_covariance(curvature["hessian"], noise, float(arrays["lr"]), steps)
+    return {
+        "continuous time (Ornstein-Uhlenbeck)": along(continuous, arrays["eigenvectors"]),
+        "published: stationary": published(arrays, curvature["covariance"], batch),
+    }
+
+
+def _plain_row(found: Score, predicted: np.ndarray) -> list[Any]:
+    """The numbers of a prediction that has variances only."""
+    a, b = found.measured[found.live], predicted[found.live]
+    error = diffusion.relative_error(a, b)
+    low, high = found.limits
+    inside = 100 * float(((a / b > low) & (a / b < high)).mean())
+    beyond = float(np.sqrt(max(0.0, error**2 - found.floor**2)))
+    return [diffusion.log_correlation(a, b), error, found.floor, inside, None, beyond]
+
+
 def prediction_table(
-    clouds: Sequence[Cloud], arrays: Mapping[str, Mapping[str, np.ndarray]], scores: Mapping[str, Score]
+    clouds: Sequence[Cloud],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    scores: Mapping[str, Score],
+    curvatures: Mapping[str, Mapping[str, np.ndarray]],
 ) -> TableBlock:
     """One line per cloud and prediction."""
     columns = [
@@ -171,4 +202,7 @@ def prediction_table(
             share = [100 * found.inside, 100 * found.outside, found.model_error]
             numbers = [found.log_correlation, found.relative_error, found.floor, *share]
             rows.append([cloud.name, kind, found.n, int(found.live.sum()), *numbers])
+        steps, own = max(int(t) for t in held["snapshot_steps"]), scores[cloud.name]
+        for kind, predicted in simpler(cloud, held, curvatures[cloud.name], steps).items():
+            rows.append([cloud.name, kind, own.n, int(own.live.sum()), *_plain_row(own, predicted)])
     return TableBlock(columns, rows, "Every prediction against every cloud; nothing is fitted.")

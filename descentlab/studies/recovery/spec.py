@@ -16,6 +16,8 @@ from ...perturb.arm_specs import ArmChoice, NoArm
 from ...perturb.specs import FaultChoice, N16Rd
 from ...workloads.specs import Model, SmallCnn
 
+EACH = "each"  # fault.layer: every layer in turn
+
 
 class RecoverySpec(StudySpec):
     """Every case plans one fault; every optimizer meets it, beside a twin that does not."""
@@ -63,6 +65,16 @@ def plan(cells: Sequence[RecoverySpec]) -> list[tuple[int, int, str, dict[str, A
         for case in range(cell.cases)
         for role in ("twin", "fault")
     ]
+
+
+def expand(cell: RecoverySpec) -> list[RecoverySpec]:
+    """A cell for each layer the fault can hit, where ``fault.layer`` is ``each``."""
+    if getattr(cell.fault, "layer", None) != EACH:
+        return [cell]
+    from .program_layers import layers_of  # imports torch: the layers are those of the model
+
+    faults = [cell.fault.model_copy(update={"layer": layer}) for layer in layers_of(cell)]
+    return [cell.model_copy(update={"fault": fault}) for fault in faults]
 
 
 def check(cell: RecoverySpec) -> None:
@@ -136,6 +148,7 @@ STUDY = StudyDef(
     },
     plan=plan,
     check=check,
+    expand=expand,
     options={"optimizer": TUNED, "baseline": TUNED},
     module="descentlab.studies.recovery.program",
     report="descentlab.studies.recovery.report:build",

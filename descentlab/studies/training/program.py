@@ -14,8 +14,8 @@ from .spec import FOLD_METRIC, TrainingSpec
 
 
 def engine(cell: TrainingSpec) -> str:
-    """One worker, no delays."""
-    return "lockstep"
+    """Workers of one process, or processes under torchrun; nobody is late."""
+    return "distributed" if cell.distributed else "lockstep"
 
 
 def horizon(cell: TrainingSpec, planned: Sequence[Planned]) -> tuple[int, int]:
@@ -23,17 +23,18 @@ def horizon(cell: TrainingSpec, planned: Sequence[Planned]) -> tuple[int, int]:
     if cell.evaluate_epochs is None and (cell.steps or cell.samples):
         steps = cell.length(1)
         return steps, (steps - 1) % (cell.observe.evaluate_every or steps)
-    epoch = _steps_per_epoch(cell)
+    epoch = _batches_per_epoch(cell)
     steps = cell.length(epoch)
     if cell.evaluate_epochs is not None:
-        return steps, cell.evaluate_epochs * epoch - 1
+        return steps, cell.updates(cell.evaluate_epochs, epoch) - 1
     return steps, (steps - 1) % (cell.observe.evaluate_every or steps)
 
 
-def _steps_per_epoch(cell: TrainingSpec) -> int:
+def _batches_per_epoch(cell: TrainingSpec) -> int:
     data = folded(sliced(load_data(cell.dataset), cell.splits.model_dump()), cell.folds, cell.fold)
     sampler = cell.sampler.build()(len(data.x_train), cell.batch_size, Streams(cell.seed))
-    return int(with_epochs(sampler, cell.steps_per_epoch, cell.samples_per_epoch).steps_per_epoch)
+    batches = cell.steps_per_epoch and cell.steps_per_epoch * cell.workers
+    return int(with_epochs(sampler, batches, cell.samples_per_epoch).steps_per_epoch)
 
 
 def stages(cell: TrainingSpec) -> list[Stage]:

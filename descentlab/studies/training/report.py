@@ -18,6 +18,7 @@ from ...report import Column, FigureBlock, Paragraph, Report, Section, SummaryIt
 from ...report.figures import DOUBLE, Look, looks, new_figure, panel_title, styled
 from ...store.moments import load_moments
 from ..common import bounded, command_text, failure_rule_text, is_brief, item, scaled, shown_provenance
+from .classes import class_sections, time_section
 from .spec import FOLD_METRIC, STUDY
 
 if TYPE_CHECKING:
@@ -62,7 +63,12 @@ def build(results: ResultsLike) -> Report:
         title="Training runs",
         question=STUDY.question,
         verdicts=[*_choice(results), *(_verdict(labels[cell], summary) for cell in sorted(by_cell))][:LARGE],
-        sections=_sections(Source(results.frame, moments), labels, by_cell, summary, scores),
+        sections=[
+            *_sections(Source(results.frame, moments), labels, by_cell, summary),
+            *class_sections(results, labels, by_cell, scores),
+            time_section(results, labels, by_cell),
+            _method(summary, scores),
+        ],
         summary=summary,
         failures=_failures(scores, runs, labels),
         provenance=shown_provenance(results.provenance),
@@ -181,7 +187,6 @@ def _sections(
     labels: Mapping[int, str],
     by_cell: Mapping[int, list[str]],
     summary: Mapping[str, SummaryItem],
-    scores: Scores,
 ) -> list[Section]:
     shown = sorted(by_cell)[:LARGE]
     kept = "mean and two standard deviations over replicates" if source.moments is not None else ""
@@ -194,18 +199,16 @@ def _sections(
         f"Learning curves: {band}; n = {n}{rest}.",
         "Loss and accuracy over steps",
     )
-    method = next(iter(summary.values())).method
     return [
         Section("Learning curves", [drawing]),
         Section("Final scores", [_table(labels, by_cell, summary)]),
-        Section(
-            "How the numbers are made",
-            [
-                Paragraph(
-                    "A replicate is one seed: its own initial weights and batches, the same for every configuration. "
-                    f"Intervals: {method}."
-                ),
-                Paragraph(failure_rule_text(scores)),
-            ],
-        ),
     ]
+
+
+def _method(summary: Mapping[str, SummaryItem], scores: Scores) -> Section:
+    method = next(iter(summary.values())).method
+    seeds = "A replicate is one seed: its own initial weights and batches, the same for every configuration."
+    return Section(
+        "How the numbers are made",
+        [Paragraph(f"{seeds} Intervals: {method}."), Paragraph(failure_rule_text(scores))],
+    )

@@ -38,6 +38,11 @@ class TrainingSpec(StudySpec):
     """A cell is one configuration; replicates differ in initial weights and batches."""
 
     study: str = "training"
+    engine: Literal["lockstep", "process"] = Field(
+        "lockstep", description="workers in one process, or a process each under torchrun (DDP)"
+    )
+    workers: PositiveInt = Field(1, description="that share every update, each with batches of its own")
+    restarts: int = extent(3, ge=0, description="times torchrun starts lost processes again")
     epochs: PositiveInt = Field(5, description="passes over the training set, in the sampler's sense")
     steps: PositiveInt | None = Field(None, description="updates; given instead of epochs")
     samples: PositiveInt | None = Field(None, description="samples seen; given instead of epochs")
@@ -82,11 +87,20 @@ class TrainingSpec(StudySpec):
                 del out[key]
         return out
 
-    def length(self, steps_per_epoch: int) -> int:
-        """Updates of a whole run, whose epochs have so many."""
+    @property
+    def distributed(self) -> bool:
+        """Whether processes train, not virtual workers."""
+        return self.engine == "process"
+
+    def updates(self, epochs: int, batches: int) -> int:
+        """Updates of so many epochs of so many batches: every worker takes one batch of an update."""
+        return -(-epochs * batches // self.workers)
+
+    def length(self, batches: int) -> int:
+        """Updates of a whole run, whose epochs have so many batches."""
         if self.samples is not None:
-            return self.samples // self.batch_size
-        return self.steps or self.epochs * steps_per_epoch
+            return self.samples // (self.batch_size * self.workers)
+        return self.steps or self.updates(self.epochs, batches)
 
     def better(self) -> Literal["max", "min"]:
         """Which values of ``watch`` are better: by its name, unless said."""
@@ -106,9 +120,10 @@ def check(cell: TrainingSpec) -> None:
     if len(given) > 1:
         expected = f"steps or epochs, not both; {given[0]} = {getattr(cell, given[0])} is given"
         raise UserError(given[1], getattr(cell, given[1]), expected)
+    each = f" for each of {cell.workers} workers" if cell.workers > 1 else ""
     for key in ("samples", "samples_per_epoch"):
-        if getattr(cell, key) is not None and getattr(cell, key) < cell.batch_size:
-            raise UserError(key, getattr(cell, key), f"at least one batch of {cell.batch_size}")
+        if getattr(cell, key) is not None and getattr(cell, key) < cell.batch_size * cell.workers:
+            raise UserError(key, getattr(cell, key), f"at least one batch of {cell.batch_size}{each}")
     if cell.steps_per_epoch and cell.samples_per_epoch:
         raise UserError("samples_per_epoch", cell.samples_per_epoch, "only one of it and steps_per_epoch")
     if cell.batch_size % cell.accumulation:
@@ -121,6 +136,23 @@ def check(cell: TrainingSpec) -> None:
     if cell.bias_decay is not None and not hasattr(cell.optimizer, "weight_decay"):
         raise UserError("bias_decay", cell.bias_decay, f"null beside {cell.optimizer.name}, a third party's class")
     _check_watching(cell)
+    _check_processes(cell)
+
+
+# what one process sees of its own batch, or decides for itself
+ALONE = ("accumulation", "amp", "compile", "max_loss", "patience", "best_checkpoint")
+ALONE_OBSERVE = ("reduce", "weights", "snapshots_every")
+
+
+def _check_processes(cell: TrainingSpec) -> None:
+    if not cell.distributed:
+        return
+    held = [(key, cell, key) for key in ALONE] + [(f"observe.{key}", cell.observe, key) for key in ALONE_OBSERVE]
+    for path, spec, key in held:
+        value, off = getattr(spec, key), type(spec).model_fields[key].default
+        if value != off:
+            shown = "null" if off is None else str(off).lower()
+            raise UserError(path, value, f"{shown} beside engine = process; with engine = lockstep workers have it")
 
 
 def _check_folds(cell: TrainingSpec) -> None:

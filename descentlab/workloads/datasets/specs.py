@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ...core.errors import UserError
 from ...core.specs import External, Option, Registry
+from .vision_specs import TimmDataset, Torchvision
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -349,5 +350,7 @@ DATASETS = Registry(
     A9a,
     Covtype,
     HuggingFace,
+    Torchvision,
+    TimmDataset,
     external=ExternalDataset,
 )

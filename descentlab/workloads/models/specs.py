@@ -181,6 +181,18 @@ class ResNet50(_ResNet):
     name: Literal["resnet50"] = "resnet50"
 
 
+class ResNet101(_ResNet):
+    """Residual network of 33 bottleneck blocks for small images; 42,512,970 parameters on cifar10."""
+
+    name: Literal["resnet101"] = "resnet101"
+
+
+class ResNet152(_ResNet):
+    """Residual network of 50 bottleneck blocks for small images; 58,156,618 parameters on cifar10."""
+
+    name: Literal["resnet152"] = "resnet152"
+
+
 class NanoGpt(Option):
     """Decoder-only transformer; 960 parameters on tinyshakespeare."""
 
@@ -235,6 +247,8 @@ MODELS = Registry(
     ResNet18,
     ResNet34,
     ResNet50,
+    ResNet101,
+    ResNet152,
     Vgg11,
     Vgg13,
     Vgg16,

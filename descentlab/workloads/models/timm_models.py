@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,11 +21,22 @@ def _timm(model: str) -> Any:
         raise UserError("model", model, f"the vision extra: pip install 'descentlab[vision]' ({error})") from None
 
 
-def factory(model: str, architecture: str, dropout: float, resize: int = 0, pretrained: bool = False) -> ModelFactory:
+def factory(
+    model: str,
+    architecture: str,
+    dropout: float,
+    resize: int = 0,
+    pretrained: bool = False,
+    weights: str | None = None,
+) -> ModelFactory:
     """``architecture`` with as many channels and classes as the dataset has; a name timm lacks is an error.
 
-    ``resize``: side of the square the images are brought to first; 0 = as they are.
+    ``resize``: side of the square the images are brought to first; 0 = as they are. ``pretrained``: timm's published
+    weights, or those of the file ``weights``; a head of another width is drawn.
     """
+    if weights is not None and not Path(weights).is_file():
+        raise UserError("model.weights", weights, "an existing file")
+    held = {} if weights is None else {"pretrained_cfg_overlay": {"file": weights}}
     timm = _timm(model)
     if not timm.is_model(architecture):
         known = timm.list_models()
@@ -35,7 +47,7 @@ def factory(model: str, architecture: str, dropout: float, resize: int = 0, pret
         channels, _, _ = images(model, data)
         try:
             return timm.create_model(
-                architecture, pretrained, num_classes=data.classes, in_chans=channels, drop_rate=dropout
+                architecture, pretrained, num_classes=data.classes, in_chans=channels, drop_rate=dropout, **held
             )
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise misfit(model, data, str(error)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ...core.specs import Option
 
@@ -17,13 +17,20 @@ class Timm(Option):
     name: Literal["timm"] = "timm"
     architecture: str = Field("resnet18", description="a name from timm.list_models()")
     pretrained: bool = Field(False, description="timm's published weights but for the head; downloaded")
+    weights: str | None = Field(None, description="a file of such weights here, in place of the download")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
     resize: NonNegativeInt = Field(0, description=RESIZE)
+
+    @model_validator(mode="after")
+    def _weights_are_read(self) -> Timm:
+        if self.weights is not None and not self.pretrained:
+            raise ValueError(f"weights = {self.weights}: expected pretrained = true beside it")
+        return self
 
     def build(self) -> Any:
         from .timm_models import factory
 
-        return factory(self.name, self.architecture, self.dropout, self.resize, self.pretrained)
+        return factory(self.name, self.architecture, self.dropout, self.resize, self.pretrained, self.weights)
 
 
 class _Published(Option):
