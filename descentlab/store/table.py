@@ -15,7 +15,7 @@ import polars as pl
 from ..core.errors import StudyError
 from .atomic import write_bytes
 from .directory import RunDirectory
-from .parts import NO_ROWS, BlockData, cover_text, read_block
+from .parts import NO_ROWS, BlockData, cover_text, read_block, read_cover
 
 TABLE, HITS = "table.parquet", "hits.jsonl"
 KEYS = list(NO_ROWS)
@@ -31,8 +31,13 @@ def build_frame(directory: RunDirectory) -> pl.DataFrame:
     Only rows that a checkpoint or a finished block vouches for are in it. Numbers are Int64 and Float64; NaN and
     infinity stay, null means "not measured on this row". Raises :class:`StudyError` naming a damaged file.
     """
-    runs = directory.read_jsonl("resolved.jsonl")
-    blocks, owner = _blocks(directory, {str(run["id"]) for run in runs})
+    runs = directory.read_jsonl("resolved.jsonl", repeated="settings")
+    return _frame(directory, runs, *_blocks(directory, {str(run["id"]) for run in runs}))
+
+
+def _frame(
+    directory: RunDirectory, runs: list[dict[str, Any]], blocks: list[BlockData], owner: Mapping[str, str]
+) -> pl.DataFrame:
     frames = [_own_rows(block, owner) for block in blocks]
     rows = pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame(schema=NO_ROWS)
     rows = _widen(rows).sort(KEYS)
@@ -47,8 +52,10 @@ def refresh(directory: RunDirectory) -> pl.DataFrame:
     from .progress import status
 
     stamp = fingerprint(directory)
-    frame = build_frame(directory)
-    directory.replace_jsonl(HITS, collect_hits(directory))
+    runs = directory.read_jsonl("resolved.jsonl", repeated="settings")
+    blocks, owner = _blocks(directory, {str(run["id"]) for run in runs})
+    frame = _frame(directory, runs, blocks, owner)
+    directory.replace_jsonl(HITS, _hits(blocks, owner))
     directory.replace_jsonl("runs.jsonl", [run.to_row() for run in status(directory.path).runs])
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="snappy", metadata={"descentlab": stamp})
@@ -58,7 +65,10 @@ def refresh(directory: RunDirectory) -> pl.DataFrame:
 
 def collect_hits(directory: RunDirectory) -> list[dict[str, Any]]:
     """Realised perturbations of the current runs, by case, optimizer, run and step."""
-    blocks, owner = _blocks(directory, {str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")})
+    return _hits(*_blocks(directory, {str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")}))
+
+
+def _hits(blocks: list[BlockData], owner: Mapping[str, str]) -> list[dict[str, Any]]:
     hits = [hit for block in blocks for hit in block.hits if owner.get(str(hit.get("run"))) == block.key]
     return sorted(hits, key=lambda h: (h.get("case", -1), str(h.get("optimizer")), str(h["run"]), h.get("step", -1)))
 
@@ -75,7 +85,14 @@ def leftovers(path: str | Path) -> list[str]:
     """Runs that have rows but are no longer in resolved.jsonl, sorted: they stay on the disk and out of the table."""
     directory = RunDirectory.open(path)
     current = {str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")}
-    found = {run for block in _read_blocks(directory) for run in block.frame["run"].unique()}
+    found: set[str] = set()
+    for key in directory.block_keys():
+        folder = directory.block_folder(key)
+        cover = read_cover(folder)
+        if cover is not None and cover.status:  # what has ended names its runs
+            found |= {str(run["run"]) for run in cover.status}
+        elif (block := read_block(folder)) is not None:
+            found |= set(block.frame["run"].unique())
     return sorted(found - current)
 
 

@@ -122,6 +122,7 @@ def main() -> None:
             rows.append([model, name, claimed, e.n, f"{e.value:.2f}", f"{e.low:.2f}", f"{e.high:.2f}", r.p_holm, word])
             dots.append(Dot(f"{name} [{word}]", e.value, e.low, e.high, model))
     head = ["model", "claim", "claimed", "n", "points", "low", "high", "holm_p", "verdict"]
+    given.out.mkdir(parents=True, exist_ok=True)
     with (given.out / "claims.csv").open("w", newline="") as file:
         csv.writer(file).writerows([head, *rows])
     figure = interval_plot(dots, "difference of test accuracy (points)")
