@@ -6,8 +6,12 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# how long drawing an example takes is the machine's business
+settings.register_profile("descentlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("descentlab")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

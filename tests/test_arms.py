@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +361,7 @@ def test_the_check_is_a_small_part_of_a_steps_arithmetic(monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import overheads
 
-    engine = overheads.engine_of(Namespace(optimizer="adam", batch_size=128), 1, None)
+    engine = overheads.engine_of(128, "adam", 1, None)
     flops = overheads.step_operations(engine)
     assert flops == pytest.approx(6 * 0.556e9 * 128, rel=0.02)
     state = engine.state
