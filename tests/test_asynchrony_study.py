@@ -13,6 +13,7 @@ import torch
 
 import descentlab as dl
 from descentlab.analysis.contrasts import HIGHER, IDENTICAL, LOWER
+from descentlab.analysis.failures import Score, Scores
 from descentlab.analysis.paired import paired_test
 from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
@@ -20,7 +21,7 @@ from descentlab.launch.conditions import timeline_of
 from descentlab.launch.plan import make_plan
 from descentlab.studies.asynchrony import figures, pictures, program, program_paths, report
 from descentlab.studies.asynchrony.names import conditions
-from descentlab.studies.asynchrony.outcomes import QUESTIONS, difference_name, outcomes, pairs
+from descentlab.studies.asynchrony.outcomes import QUESTIONS, Outcomes, difference_name, outcomes, pairs
 from descentlab.studies.asynchrony.presets import LEVELS, RECOMMENDED
 from descentlab.studies.asynchrony.spec import STUDY, AsynchronySpec
 
@@ -305,3 +306,16 @@ def test_figures_of_the_cluster(finished: Path) -> None:
     assert figures.timelines({"it": (2, slow)}).axes[0].get_xlim()[1] > 8.0  # two updates of the slowest are seen
     bars = figures.class_counts({"label": counts}).axes[0].patches
     assert sum(bar.get_height() for bar in bars) == np.array(counts).sum()
+
+
+def test_failed_runs_count_at_chance_in_every_accuracy() -> None:
+    """A run that failed with a good last row, and one that ended in NaN: neither flatters the mean nor removes it."""
+    ends = {
+        "a": {"train_set_accuracy": 0.8, "test_accuracy_class_3": 0.6},
+        "b": {"train_set_accuracy": 0.9, "test_accuracy_class_3": 0.9},
+        "c": {"train_set_accuracy": np.nan, "test_accuracy_class_3": np.nan},
+    }
+    scores = Scores({run: Score(run, "done" if run == "a" else "failed") for run in ends}, 2.3, 0.1)
+    made = report._more(Outcomes([], scores, {}, ends), list(ends))
+    assert made["train_accuracy"].value == pytest.approx((0.8 + 0.1 + 0.1) / 3) and made["train_accuracy"].n == 3
+    assert made["class_3"].value == pytest.approx((0.6 + 0.1 + 0.1) / 3)

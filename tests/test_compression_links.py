@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from descentlab.cluster import namespaces
+from descentlab.cluster import namespaces, tun_link
 from descentlab.cluster.namespaces import FOLDER, Shape, network
 from descentlab.config.resolve import resolve
-from descentlab.core.errors import UserError
+from descentlab.core.errors import StudyError, UserError
 from descentlab.launch.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +94,48 @@ def test_packets_are_delayed_and_lost(netem: bool, monkeypatch: pytest.MonkeyPat
         namespaces.change(ends, Shape(10.0, 10.0, latency_ms=15, loss_pct=30))
         assert all("rate 10Mbit" in limits(end) for end in ends)
     assert not there(os.getpid())
+
+
+@needs_root
+def test_a_dead_carrier_is_one_error_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written to it must not keep the namespaces from being deleted."""
+    monkeypatch.setattr(namespaces, "_has_netem", lambda namespace: False)
+    with network(2, Shape(0.0, 0.0, latency_ms=1)) as ends:
+        carrier = namespaces._CARRIERS[ends[0]]
+        carrier.kill()
+        carrier.wait()
+        with pytest.raises(StudyError, match="the process that carries packets has ended"):
+            namespaces.change(ends, Shape(0.0, 10.0, latency_ms=1))
+    assert not there(os.getpid())
+
+
+def test_of_two_rates_close_together_the_second_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both come in one read; broken on purpose, by readline, the second waits in a buffer for the next change."""
+    seen: list[float] = []
+
+    class Enough(Exception):
+        pass
+
+    class Carrier:
+        rate = 0.0
+
+        def __init__(self, devices: list[int]) -> None:
+            pass
+
+        def give(self) -> float:
+            seen.append(self.rate)
+            if len(seen) == 5:
+                raise Enough
+            return 0.0
+
+    read, write = os.pipe()
+    os.write(write, b"5.0\n7.0\n")
+    monkeypatch.setattr(tun_link, "Carrier", Carrier)
+    with os.fdopen(read) as source, os.fdopen(write, "w"):
+        monkeypatch.setattr(sys, "stdin", source)
+        with pytest.raises(Enough):
+            tun_link.main("{}")
+    assert seen == [0.0, 7.0, 7.0, 7.0, 7.0]
 
 
 @needs_root

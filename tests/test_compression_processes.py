@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from store_job import new_directory
+from test_compression_links import needs_root
 
 import descentlab as dl
-from descentlab.comm.hook import BucketTimes
+from descentlab.comm.dense import Dense
+from descentlab.comm.hook import BucketTimes, CompressorHook
+from descentlab.engine import distributed
 from descentlab.engine.environment import LinkWatch
 from descentlab.launch.bucket_log import BucketLog
-from descentlab.launch.distributed import _clear, _Rates, what_failed
+from descentlab.launch.distributed import _clear, _Rates, run_distributed, what_failed
+from descentlab.store import BlockWriter
 from descentlab.studies.compression.prediction import Predicted, exchanges, order
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +108,24 @@ def test_the_log_of_exchanges_goes_on_where_a_checkpoint_is(tmp_path: Path) -> N
     assert found["collectives_s"] == pytest.approx([0.01, 0.02]) and found["bytes_sent"] == 40
 
 
+def test_a_second_kill_right_after_a_resume_loses_no_exchange(tmp_path: Path) -> None:
+    """The file is looked at while the resumed log has not written yet: it holds every update before the checkpoint."""
+    log = BucketLog(tmp_path, "run", 0)
+    for step in range(8):
+        log.write(step, [BucketTimes(0.1, (0.1,), 0.1, 0.0, 4)])
+    log.close()
+    again = BucketLog(tmp_path, "run", 6)
+    assert len((tmp_path / "buckets.jsonl").read_text().splitlines()) == 6
+    again.close()
+
+
+def test_a_hook_takes_up_a_checkpoint_that_did_not_count_gathered_messages() -> None:
+    hook = CompressorHook(Dense())
+    hook._load = lambda state: None  # type: ignore[method-assign]
+    hook.load_state_dict({"iteration": 3, "bytes_sent": 12, "messages": 2})
+    assert (hook.iteration, hook.messages, hook.gathered) == (3, 2, 0)
+
+
 def test_the_first_process_that_failed_is_quoted_and_nothing_is_left(tmp_path: Path) -> None:
     for rank, age in ((0, 5), (1, 9), (2, 7)):
         path = tmp_path / f"message-{rank}.txt"
@@ -123,6 +148,62 @@ def test_changes_of_a_rate_are_made_once_and_in_order(monkeypatch: pytest.Monkey
         rates.reach(step)
         seen.append(list(made))
     assert seen == [[], [], [50.0], [50.0], [50.0, 5.0]]
+
+
+def test_a_resumed_run_starts_on_the_rate_it_had_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate is set when the processes start: they measure the link before they say where they are."""
+    directory, made = new_directory(tmp_path), []
+    writer = BlockWriter(directory, "k", runs=["run"], steps=90)
+    writer.resume()
+    writer.checkpoint({"weights": 0}, 30)
+
+    class Started(Exception):
+        pass
+
+    def start(*_: Any, **__: Any) -> None:
+        raise Started
+
+    module = "descentlab.launch.distributed"
+    monkeypatch.setattr(f"{module}.change", lambda ends, shape: made.append(shape.egress_mbps))
+    monkeypatch.setattr(f"{module}._place", lambda cell: nullcontext(["w0"]))
+    monkeypatch.setattr(f"{module}._alone", lambda stop: nullcontext(True))
+    monkeypatch.setattr(f"{module}.subprocess.Popen", start)
+    extra = {"ingress_mbps": None, "burst_kb": 0, "latency_ms": 0, "jitter_ms": 0, "loss_pct": 0}
+    cell = SimpleNamespace(link=SimpleNamespace(changes={20: 50.0, 40: 5.0}, **extra), workers=1, restarts=0)
+    block = SimpleNamespace(key="k")
+    with pytest.raises(Started):
+        run_distributed(directory, block, cell, None, lambda n: None, lambda: False)  # type: ignore[arg-type]
+    assert made == [50.0]
+
+
+def test_measuring_is_no_part_of_what_an_update_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighing takes 100 s, the update 1 s: the clock says 101, the seconds of computing 1. Of a state without a count
+    of gathered messages, as earlier versions stored it."""
+    now = [0.0]
+
+    def weigh(*_: Any) -> None:
+        now[0] += 100
+
+    engine = object.__new__(distributed.Distributed)
+    policy = SimpleNamespace(start=dict, decide=dict, observe=dict)
+    moment, sampler = SimpleNamespace(moment=lambda *_: None), SimpleNamespace(batch_size=1, steps_per_epoch=1)
+    hook = SimpleNamespace(timings=dict, bytes_sent=0, messages=4, gathered=1, q=None)
+    clock = {key: torch.zeros(1) for key in ("step", "samples", "virtual_s", "bytes_sent", "epoch")}
+    shared = {
+        "times": {key: torch.zeros(1) for key in ("compute_s", "exposed_s", *distributed.BUSY)},
+        "link": {"seconds": torch.zeros(1), "messages": torch.zeros(1)},
+    }
+    state = SimpleNamespace(clock=clock, shared=shared, worker={"cursor": torch.zeros(1)})
+    vars(engine).update(parts=SimpleNamespace(rank_policy=policy, sampler=sampler), exchanging=moment, hook=hook)
+    vars(engine).update(state=state, rank=1, world=2, _named={}, _last=None, _asked={}, _elapsed=0.0, _compute_s=0.0)
+    vars(engine).update(step=0, _weigh=weigh, _rates=lambda: None, _factors=dict)
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda *_: None)
+    found = engine.round()
+    now[0] += 1
+    engine._advance(found)
+    assert float(clock["virtual_s"]) == 101 and float(shared["times"]["compute_s"]) == 1
+    assert engine._compute_s == pytest.approx(0.1) and float(shared["link"]["messages"]) == 4
 
 
 def test_every_compressor_through_the_command_line(tmp_path: Path) -> None:
@@ -184,3 +265,26 @@ def test_nothing_is_left_of_processes_that_are_ended(tmp_path: Path, how: signal
     assert processes_of(out) == []
     if how == signal.SIGTERM:
         assert not list(out.glob("blocks/*/meeting-*")) and list(out.glob("blocks/*/checkpoint.pt"))
+
+
+@needs_root
+def test_a_calibrated_rank_follows_a_link_that_gets_slower(tmp_path: Path) -> None:
+    """From no limit to 2 Mbit/s at about update 60: the processes measure again at a later look, find less than 10
+    Mbit/s, and the rank falls. Broken on purpose: a link that is measured once keeps its rank."""
+    policy = "{name: calibration, candidates: [2, 4, 8], comm_ratio_threshold: 0.9, check_every: 30, measure_iters: 5}"
+    found = dl.run(
+        "compression",
+        *(s for s in SMALL if not s.startswith("model.hidden")),
+        "model.hidden=[64, 64]",
+        f"compressor={{name: powersgd, policy: {policy}}}",
+        "link={name: real, bandwidth_mbps: 0, changes: {60: 2}}",
+        "observe.evaluate_every=0",
+        "steps=240",
+        out=tmp_path / "o",
+        launcher="local",
+    )
+    ranks = found.frame.sort("step")["rank"].to_list()
+    lines = [json.loads(line) for line in (tmp_path / "o" / "events.jsonl").read_text().splitlines()]
+    measured = [line["bandwidth_mbps"] for line in lines if line["kind"] == "environment"]
+    assert measured[0] > 20 and measured[-1] < 10
+    assert ranks[0] == 8 and ranks[-1] < 8

@@ -8,26 +8,31 @@ import signal
 import time
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from small import builder, digits, plan_of
+from small import builder, digits, finish, plan_of
 
 import descentlab as dl
 from descentlab.analysis.failures import final_scores
+from descentlab.cluster.link_specs import SimulatedLinkSpec
 from descentlab.comm.powersgd import numbers_sent
-from descentlab.comm.specs import PowerSgd
+from descentlab.comm.specs import PowerSgd, TopKElements
 from descentlab.config.adaptive_rank import DEAD, study_of
 from descentlab.config.resolve import resolve, resolve_settings
 from descentlab.core.errors import UserError
 from descentlab.engine.lockstep import Lockstep
 from descentlab.launch.plan import make_plan
+from descentlab.observe.sending import Sending
 from descentlab.optim.specs import Sgd
 from descentlab.store import Results
+from descentlab.studies.compression import prediction
+from descentlab.studies.compression.figures import prediction as prediction_figure
 from descentlab.studies.compression.figures import update_s
-from descentlab.studies.compression.measures import runs_of
+from descentlab.studies.compression.measures import Run, _gathers, by_link, runs_of
 from descentlab.workloads.specs import Mlp
 
 SMALL = ("dataset=digits", "model.hidden=[16]", "batch_size=16", "schedule=constant", "observe.evaluate_every=0")
@@ -95,6 +100,55 @@ def test_when_it_pays_is_the_clock_s_own_time(tmp_path: Path) -> None:
         assert update_s(run, 5.0, 0.002) == pytest.approx(run.time_s / run.steps, rel=1e-9), run.method
     text = (tmp_path / "o" / "report" / "report.md").read_text()
     assert "3 ms for a gradient" in text and "3 or 4 workers" in text
+
+
+def run_over(rate: float, **link: Any) -> Run:
+    """A run of two real processes, 10 updates."""
+    name = link.pop("id", "r")
+    link = {"name": "real", "bandwidth_mbps": rate, "ingress_mbps": None, "changes": {}, **link}
+    sums = {"compute_s": 0.01}
+    return Run(
+        name, "none", 0, 10, 0.9, 1.0, 2e6, 10.0, sums, bandwidth_mbps=rate, measured_s=0.1, busy_s=0.01, link=link
+    )
+
+
+def test_links_that_differ_in_anything_are_told_apart() -> None:
+    runs = [run_over(10), run_over(10, ingress_mbps=2), run_over(10, changes={"5": 1}), run_over(10), run_over(20)]
+    found = by_link(runs)
+    assert [len(own) for own in found.values()] == [1, 2, 1, 1] and len(found) == 4
+    assert "10 Mbit/s, ingress_mbps 2, changes {}" in found
+    assert list(by_link([run_over(10), run_over(10)])) == [""]
+
+
+def test_a_prediction_is_of_the_slower_direction_and_of_one_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100000 bytes at 2 Mbit/s are 0.4 s, whichever direction is so slow; of a link that changes nothing is said."""
+    monkeypatch.setattr(prediction, "latencies", lambda results: {"r": 0.0})
+    (found,) = prediction.predictions(None, [run_over(10, ingress_mbps=2), run_over(10, changes={"5": 1})])  # type: ignore[arg-type]
+    assert (found.bandwidth_mbps, found.n) == (2, 1) and found.predicted_s == pytest.approx(0.01 + 0.4)
+
+
+def test_messages_of_older_tables_are_gathered_where_the_compressor_did_so() -> None:
+    assert _gathers({}, "topk") and _gathers({"gathered": None}, "sign") and not _gathers({}, "powersgd")
+    assert _gathers({"gathered": 3}, "powersgd") and not _gathers({"gathered": 0}, "topk")
+
+
+def test_a_clock_of_an_older_checkpoint_goes_on_without_the_count_of_gathered_messages() -> None:
+    """Its rows then do not claim one."""
+    cell = digits(compressor=TopKElements())
+    parts = builder(cell)()
+    parts.link = SimulatedLinkSpec().build()
+    engine = finish(Lockstep(plan_of(cell, 4), parts), until=2)
+    before = int(engine.state.shared["link"].pop("gathered")[0])
+    finish(engine)
+    assert before > 0 and int(engine.state.shared["link"]["messages"][0]) == 2 * before
+    assert set(Sending().measure(SimpleNamespace(state=engine.state))) == {"messages", "link_s"}  # type: ignore[arg-type]
+
+
+def test_more_links_than_markers() -> None:
+    figure = prediction_figure([prediction.Predicted("none", rate, 0.1, 0.1, 1) for rate in range(1, 13)])
+    assert len(figure.axes) == 1
 
 
 def test_an_adaptive_run_changes_its_rank(tmp_path: Path) -> None:

@@ -106,6 +106,43 @@ def test_one_seed_leaves_groups_of_runs_and_says_what_is_not_tested() -> None:
     assert table is not None and table.rows[1][2] == "not tested: one theta*"
 
 
+def test_clouds_that_differ_elsewhere_are_clouds_of_their_own() -> None:
+    """Breaks when one of two lengths takes the other's place, or is paired with itself."""
+    made = [one(c, spread=float(c.cloud.steps), sharpness=1.0) for c in cells("cloud.steps=40,60", "sampler=shuffle")]
+    (plan,) = planned(made)
+    assert plan.name == "cloud steps=60 - steps=40" and plan.differences()[0].tolist() == [20.0]
+
+
+def test_no_two_contrasts_share_a_name() -> None:
+    """Breaks when what tells two clouds apart (here how theta* was found) is missing from their names."""
+    words = ("reference.gd.lr=0.05,0.1", "sampler=replacement,shuffle")
+    found = answers([one(cell, spread=1.0, **{GD: float(i)}) for i, cell in enumerate(cells(*words))])
+    assert len({(a.plan.name, a.plan.quantity) for a in found}) == len(contrasts.items(found)) == len(found) == 8
+    wanted = "SGD - gradient descent (sampler shuffle, reference gd.lr=0.1)"
+    assert [a.value for a in found if a.plan.name == wanted] == [3.0]
+
+
+def test_runs_without_a_finite_test_loss_are_counted_and_leave_the_groups_as_they_are(tmp_path: Path) -> None:
+    """Two equal clouds, one of which lost run 0: all other groups hold the same runs, so their differences are equal.
+    Breaks when groups are cut among the survivors, or when the loss of runs goes without a word."""
+    loss, (first, second) = RNG.normal(size=400), cells("dtype=float64,float32", "sampler=shuffle")
+    made = []
+    for cell, values in ((first, loss), (second, np.where(np.arange(400) == 0, np.nan, loss))):
+        stages = contrasts.Stages(tmp_path, [], {"own": {"loss": values, "start_loss": np.zeros(1)}})
+        block = {"key": "own", "stage": "val_loss", "runs": [], "needs": {}}
+        cloud = Cloud("x", cell.model_dump(mode="json"), None, block, [block], None, [])
+        made.append(contrasts.measure(None, stages, cloud))  # type: ignore[arg-type]
+    without = [contrasts._without_groups(m, np.mean) for m in (loss, np.where(np.arange(400) == 0, np.nan, loss))]
+    assert without[0][0] == without[1][0]  # the group of the lost run is out on both sides
+    expected = [(loss.sum() - loss[0] - loss[20 * g : 20 * g + 20].sum()) / 379 for g in range(1, 20)]
+    assert np.allclose(without[1][1:], expected)
+    found = next(a for a in answers(made) if a.plan.quantity == "test loss rise")
+    table = contrasts.table([found])
+    assert table is not None and table.rows[0][5] == 1 and table.columns[5].name == "left out"
+    (item,) = contrasts.items([found]).values()
+    assert item.method.endswith("; 1 runs that are not finite left out")
+
+
 def test_runs_against_gradient_descent() -> None:
     made = [one(cell) for cell in cells("seed=0,1,2", "sampler=shuffle")]
     for found, apart in zip(made, (0.1, 0.2, 0.3), strict=True):

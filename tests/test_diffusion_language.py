@@ -10,8 +10,8 @@ import torch
 from test_diffusion_study import study, text_stub
 
 from descentlab.config.resolve import resolve
-from descentlab.core.errors import UserError
-from descentlab.studies.diffusion import language_figures
+from descentlab.core.errors import StudyError, UserError
+from descentlab.studies.diffusion import language_figures, program
 from descentlab.studies.diffusion.program_language import QUANTITIES, attention_maps, language, marks, parts, quantities
 from descentlab.workloads.models.nanogpt import NanoGPT
 
@@ -83,6 +83,20 @@ def test_shares_follow_the_weights_and_runs_are_compared_with_theta() -> None:
     assert language_figures.picture(found).get_axes()
 
 
+def test_verdicts_are_corrected_for_the_number_of_quantities() -> None:
+    """One of seven quantities has p = 0.02 by itself and 0.14 among seven; another is beyond doubt."""
+    n, q = 9, len(QUANTITIES)
+    shape = np.linspace(-1, 1, n)[:, None] * np.ones(q)
+    error = shape[:, 0].std(ddof=1) / math.sqrt(n)
+    shift = np.zeros(q)
+    shift[1], shift[2] = 2.896 * error, -50 * error  # t of 8 degrees of freedom: p = 0.02
+    found = {"quantities": np.array(QUANTITIES), "values": np.zeros((2, q)), "run_values": shape + shift}
+    table = language_figures.table({"x": (found, language_figures.items(found))})
+    low = table.rows[1][5].low
+    assert low is not None and low > 0 and table.rows[1][6] == pytest.approx(6 * 0.02, rel=0.01)
+    assert [row[-1] for row in table.rows] == ["within noise"] * 2 + ["falls"] + ["within noise"] * 4
+
+
 def test_moments_of_training() -> None:
     assert marks(1) == [0, 1] and marks(10_000)[:4] == [0, 1, 2, 3] and marks(10_000)[-1] == 10_000
 
@@ -103,3 +117,41 @@ def test_the_stage_runs_and_its_moments_begin_at_the_initial_weights(tmp_path, m
     assert found["values"][0, 0] > 0.99  # untrained: looks everywhere alike
     with np.load(next((out / "blocks").glob("*/artifacts/theta.npz"))) as held:
         assert held["path"].shape[1] == held["theta"].shape[0] if "path" in held else True
+
+
+TEXT = ["dataset=tinyshakespeare", "dataset.characters=400", "model=nanogpt", "model.width=4", "stage=language"]
+TEXT += ["runs=6", "splits.train=train[:64]", "cloud.projections=3"]
+
+
+def test_a_cloud_without_runs_leaves_a_report_without_its_attention(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Every run diverges. Breaks when the stage takes means over no runs, or the report expects them."""
+    text_stub(tmp_path, monkeypatch)
+    out = study(tmp_path / "out", *TEXT, "optimizer.lr=1e30")
+    (file,) = list((out / "blocks").glob("*/artifacts/language.npz"))
+    with np.load(file) as held:
+        assert dict(held) == {"runs": 0}
+    text = (out / "report" / "report.md").read_text()
+    assert "not finite" in text.replace("non-finite", "not finite") and "Attention and embeddings" not in text
+
+
+def test_a_training_of_an_earlier_version_is_refused_in_one_line() -> None:
+    """Breaks when what an earlier version did not keep ends in a KeyError."""
+
+    class Given:
+        cell, block = None, {}
+
+        def workload(self, cell):  # type: ignore[no-untyped-def]
+            return None
+
+        def inputs(self, stage, name):  # type: ignore[no-untyped-def]
+            ends = {"snapshots": np.zeros((1, 4, 2)), "snapshot_steps": np.array([9]), "runs": np.arange(4)}
+            return [{**ends, "steps_per_epoch": np.array(3)}]
+
+        def input(self, stage, name):  # type: ignore[no-untyped-def]
+            return {"theta": np.zeros(2)}
+
+    (cell,) = resolve("diffusion", ["size=quick", "runs=4", "sampler=shuffle"]).cells
+    bench = Given()
+    bench.cell = cell
+    with pytest.raises(StudyError, match="stage sgd of this directory was computed by an earlier version"):
+        program._language(bench, cell)

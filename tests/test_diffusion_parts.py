@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from descentlab.config.resolve import resolve
+from descentlab.core.errors import StudyError
+from descentlab.studies.diffusion import report
+from descentlab.studies.diffusion.clouds import Cloud, Stages
 from descentlab.studies.diffusion.directions import chosen_directions, group_variances, look_times, snapshot_times
+from descentlab.studies.diffusion.program import stages
 from descentlab.studies.diffusion.program_cloud import Looks
-from descentlab.studies.diffusion.reference_figures import across_rates, averaged_eigenvalues
+from descentlab.studies.diffusion.program_curvature import CurvatureAlong
+from descentlab.studies.diffusion.reference_figures import across_rates, averaged_eigenvalues, tubes
 from descentlab.studies.diffusion.score import bridge, score
+from descentlab.studies.diffusion.spec import SEMANTICS, HessianRun
 from descentlab.theory import diffusion
 from descentlab.theory.closure import Averages, gaussian_closure
 from descentlab.theory.orbit import period_two
@@ -168,3 +177,43 @@ def test_the_averaged_hessian_over_runs_and_rates() -> None:
     )
     bars = figure.axes[0].containers[0].lines[2][0].get_segments()
     assert np.allclose([np.sort(bar[:, 1]) for bar in bars], traces[:, 1:])
+
+
+def test_a_run_that_diverged_is_out_of_the_averaged_hessian() -> None:
+    """Three runs of four Hessians, all of them the identity; run 1 is lost after the first. Breaks when a sum over some
+    steps is divided by all of them, when NaN reaches the others, or when the lost one's trace is averaged."""
+    along = CurvatureAlong(HessianRun(steps=8, every=2, runs=3), torch.nn.Linear(1, 1), None, {})
+    for run, steps in ((0, (0, 2, 4, 6)), (1, (0,)), (2, (0, 2, 4, 6))):
+        for step in steps:
+            along._sums[run] = along._sums.get(run, 0) + np.eye(2)
+            along._keep("eigenvalues", run, step, np.ones(2))
+    found = along.arrays()
+    assert found["steps"].tolist() == [0, 2, 4, 6] and np.isnan(found["mean_hessian"][1]).all()
+    assert np.array_equal(found["mean_hessian"][[0, 2]], [np.eye(2)] * 2)
+    assert np.array_equal(averaged_eigenvalues(found)[:, 0], [1.0, 1.0])
+    cloud = Cloud("x", {}, None, None, [{"needs": {"curvature": ["c"]}}], None, [])
+    held = Stages(Path(), [{"key": "c", "stage": "curvature", "needs": {}}], {"c": {"hessian": 2 * np.eye(2)}})
+    assert report._trace_share(cloud, held, found) == (0.5, 0.5, 0.5)
+
+
+def test_a_cloud_whose_every_run_diverged_has_no_averaged_hessian() -> None:
+    along = CurvatureAlong(HessianRun(steps=8, every=2), torch.nn.Linear(1, 1), None, {})
+    along._sums[0] = np.eye(2)
+    along._keep("eigenvalues", 0, 0, np.ones(2))
+    found = along.arrays()
+    assert found["eigenvalues"].shape == (1, 4, 2) and np.isnan(found["mean_hessian"]).all()
+    assert np.isnan(averaged_eigenvalues(found)).all()
+    assert tubes({"x": found}).get_axes()
+
+
+def test_hessians_of_an_earlier_version_are_made_again_or_refused(tmp_path: Path) -> None:
+    """Breaks when a block with arrays of another shape keeps its key and its runs their ids."""
+    (cell,) = resolve("diffusion", ["size=quick", "runs=4", "sampler=shuffle"]).cells
+    raised = {stage.name: stage.semantics for stage in stages(cell) if stage.semantics != 1}
+    assert raised == SEMANTICS == {"hessians": 2}
+    assert cell.identity_of("hessians")["semantics"] == {"hessians": 2} and "semantics" not in cell.identity_of("score")
+    folder = tmp_path / "blocks" / "b" / "artifacts"
+    folder.mkdir(parents=True)
+    np.savez(folder / "hessians.npz", steps=np.arange(3), eigenvalues=np.ones((3, 5)))
+    with pytest.raises(StudyError, match=r"hessians.npz was written by an earlier version"):
+        Stages(tmp_path, []).arrays({"key": "b", "stage": "hessians"})

@@ -53,3 +53,11 @@ def test_states_keep_the_layout_through_copies_and_files() -> None:
     buffer.seek(0)
     again = State.from_state_dict(torch.load(buffer, weights_only=True))
     assert base_of(again.params) is not None and torch.equal(again.params["c"], state.params["c"])
+
+
+def test_a_tensor_that_got_other_storage_has_no_base_any_more() -> None:
+    """The base was found before, and would be remembered for these very tensors."""
+    laid = side_by_side(tree())
+    assert base_of(laid) is not None
+    laid["b"].data = laid["b"].clone()
+    assert base_of(laid) is None

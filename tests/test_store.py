@@ -78,6 +78,15 @@ def test_one_directory_holds_one_study_and_one_format(tmp_path: Path) -> None:
     assert RunDirectory.create(tmp_path / "out", "crossed", "", overwrite=True).study == "crossed"
 
 
+def test_an_earlier_document_is_not_overwritten_after_one_was_removed(tmp_path: Path) -> None:
+    for text in ("a: 1\n", "a: 2\n", "a: 3\n"):
+        RunDirectory.create(tmp_path / "out", "recovery", text)
+    (tmp_path / "out/study.1.yaml").unlink()
+    RunDirectory.create(tmp_path / "out", "recovery", "a: 4\n")
+    kept = {path.name: path.read_text() for path in (tmp_path / "out").glob("study.*.yaml")}
+    assert kept == {"study.2.yaml": "a: 2\n", "study.3.yaml": "a: 3\n"}
+
+
 def test_overwrite_deletes_results_and_nothing_else(tmp_path: Path) -> None:
     directory = new_directory(tmp_path)
     train(directory)

@@ -62,6 +62,13 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append(root)
         return TRAIN if root.endswith("train") else [(Picture(np.zeros((7, 7, 3), np.uint8)), 0)]
 
+    class ByTrain(list):
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            super().__init__(by_train(root, train, download))
+
+    def captions(root: str, notes: str, train: bool = True) -> Any:
+        return TRAIN
+
     def boxes(root: str, train: bool = True) -> Any:
         return [(TRAIN[0][0], {"box": [1, 2]})]
 
@@ -70,12 +77,21 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         assert name == "torch/cifar10", f"Unknown dataset {name}"
         return TRAIN if split == "train" else TEST
 
+    class Letters(ByTrain):
+        """As EMNIST: what it hands on is not in its own signature."""
+
+        def __init__(self, root: str, split: str, **kwargs: Any) -> None:
+            asked.append(split)
+            super().__init__(root, **kwargs)
+
     vision, timm = types.ModuleType("torchvision.datasets"), types.ModuleType("timm.data")
     made = {
         "CIFAR10": by_train,
         "SVHN": by_split,
         "ImageFolder": folder,
         "Boxes": boxes,
+        "EMNIST": Letters,
+        "Captions": captions,
         "FakeData": lambda size: TRAIN,
     }
     vars(vision).update(made, __all__=tuple(made))
@@ -101,6 +117,13 @@ def test_every_split_of_a_dataset_by_its_name(library: list[Any]) -> None:
     assert other.n == (4, 0, 6) and library[2:] == [("data", "extra"), ("data", "test")]
 
 
+def test_a_class_that_hands_its_settings_on_is_opened_in_both_parts(library: list[Any]) -> None:
+    """As EMNIST: its split names a collection with a training and a test part of its own."""
+    data = Torchvision(dataset="EMNIST", root="here", train="letters", test="letters", download=True).build()
+    assert data.n == (12, 0, 6)
+    assert library == ["letters", ("here", True, True), "letters", ("here", False, True)]
+
+
 def test_timm_opens_both_splits(library: list[Any]) -> None:
     data = TimmDataset(root="there", download=True).build()
     assert data.n == (12, 0, 6) and data.name == "timm:torch/cifar10"
@@ -119,7 +142,7 @@ def test_images_of_several_sizes_are_brought_to_one(library: list[Any]) -> None:
     [
         (
             Torchvision(dataset="CIFAR11"),
-            "dataset.dataset = 'CIFAR11': expected one of torchvision's 5 datasets. did you",
+            "dataset.dataset = 'CIFAR11': expected one of torchvision's 7 datasets. did you",
         ),
         (
             Torchvision(root="empty"),
@@ -130,6 +153,10 @@ def test_images_of_several_sizes_are_brought_to_one(library: list[Any]) -> None:
             "dataset.dataset = 'FakeData': expected a dataset with a training and a test",
         ),
         (Torchvision(dataset="Boxes"), "a dataset with one class per image, not {'box': "),
+        (Torchvision(dataset="SVHN", test="train"), "dataset.test = 'train': expected another part than dataset.train"),
+        (TimmDataset(test="train"), "dataset.test = 'train': expected another part than dataset.train"),
+        (Torchvision(dataset="SVHN", download=True), "dataset.download = True: expected false: torchvision has no"),
+        (Torchvision(dataset="Captions"), "dataset.dataset = 'Captions': expected a dataset that needs a folder and"),
         (Torchvision(validation=12), "dataset.validation = 12: expected fewer than the 12 training samples"),
         (
             TimmDataset(dataset="cifar"),

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,8 +148,7 @@ def network(workers: int, shape: Shape) -> Iterator[list[str]]:
     finally:
         carrier = _CARRIERS.pop(own[1], None)
         if carrier is not None:
-            with carrier:  # waits
-                pass
+            _end(carrier)
         for name in own:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         assert guard.stdin is not None
@@ -186,8 +185,11 @@ def change(ends: list[str], shape: Shape) -> None:
             limit(bridge, f"port{w}", shape.ingress_mbps, shape)
     if carrier is not None:
         assert carrier.stdin is not None
-        carrier.stdin.write(f"{shape.ingress_mbps}\n")
-        carrier.stdin.flush()
+        try:
+            carrier.stdin.write(f"{shape.ingress_mbps}\n")
+            carrier.stdin.flush()
+        except OSError as error:
+            raise StudyError("the process that carries packets has ended; link=simulated needs none") from error
 
 
 _CARRIERS: dict[str, subprocess.Popen] = {}  # first namespace -> the process that carries packets, without netem
@@ -215,6 +217,19 @@ def _carry(ends: list[str], shape: Shape) -> None:
     if carrier.stdout.readline() != "up\n":
         why = carrier.stderr.read().strip().splitlines()[-1:]
         raise StudyError(f"a link in user space: {''.join(why)}; link=simulated needs neither netem nor /dev/net/tun")
+
+
+def _end(carrier: subprocess.Popen) -> None:
+    """End the process that carries packets, also one that is dead or no longer listens."""
+    for pipe in (carrier.stdin, carrier.stdout, carrier.stderr):
+        assert pipe is not None
+        with suppress(OSError):  # what could not be written is lost with its reader
+            pipe.close()
+    try:
+        carrier.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        carrier.kill()
+        carrier.wait()
 
 
 def limit(namespace: str, device: str, rate_mbps: float, shape: Shape) -> None:

@@ -95,12 +95,14 @@ def main(settings: str, *namespaces: str) -> None:
     for source in (*devices, sys.stdin.fileno()):
         selector.register(source, selectors.EVENT_READ)
     print("up", flush=True)
+    told = b""
     while True:
         for key, _ in selector.select(carrier.give()):
             if key.fd != sys.stdin.fileno():
                 carrier.take(key.fd)
-            elif line := sys.stdin.readline():
-                carrier.rate = float(line)
+            elif found := os.read(key.fd, 4096):  # no readline: the selector does not see what a buffer holds
+                *lines, told = (told + found).split(b"\n")
+                carrier.rate = float(lines[-1]) if lines else carrier.rate
             else:
                 return
 

@@ -161,8 +161,8 @@ class BucketHook(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave, after :meth:`attach`. ValueError where names or shapes differ."""
-        for key in COUNTS:
-            setattr(self, key, int(state[key]))
+        for key in COUNTS:  # a checkpoint of an earlier version has no "gathered"
+            setattr(self, key, int(state.get(key, 0) if key == "gathered" else state[key]))
         self._load(state)
 
     def close(self) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 from .tree import Tree, take
 
 REMEMBERED_ELEMENTS = 2**18  # of larger tensors the base is looked for each time: that is nothing beside using them
-_remembered: deque[tuple[list[Tensor], Tensor]] = deque(maxlen=12)  # columns and their base, the latest first
+# columns, their addresses and their base, the latest first
+_remembered: deque[tuple[list[Tensor], list[int], Tensor]] = deque(maxlen=12)
 
 
 def _remember(tensors: list[Tensor], base: Tensor) -> None:
     if tensors and base.numel() <= REMEMBERED_ELEMENTS:
-        _remembered.appendleft((tensors, base))
+        _remembered.appendleft((tensors, [t.data_ptr() for t in tensors], base))
 
 
 def base_of(tree: Mapping[str, Tensor]) -> Tensor | None:
@@ -33,11 +34,14 @@ def base_of(tree: Mapping[str, Tensor]) -> Tensor | None:
     tensors = list(tree.values())
     if not tensors:
         return None
-    for place, (known, base) in enumerate(_remembered):
+    for place, (known, addresses, base) in enumerate(_remembered):
         if known[0] is tensors[0] and len(known) == len(tensors) and all(map(is_, known, tensors)):
+            if [t.data_ptr() for t in tensors] != addresses:  # other storage (t.data = …)
+                del _remembered[place]
+                break
             if place:
                 del _remembered[place]
-                _remembered.appendleft((known, base))
+                _remembered.appendleft((known, addresses, base))
             return base
     found = _base_of(tensors)
     if found is not None:

@@ -84,6 +84,7 @@ class Distributed(Engine):
         self.model = DistributedDataParallel(self.module, **settings)
         self.hook.attach(self.model)
         self._elapsed, self._started = float(self.state.clock["virtual_s"][0]), 0.0
+        self._weighing_s = 0.0  # of the coming update
         self._compute_s = 0.0  # measured before a policy first asks, then a running mean of the updates
         self._watch = LinkWatch()
         self.measured: list[tuple[int, Environment]] = []
@@ -105,7 +106,7 @@ class Distributed(Engine):
             p.data = self.state.params[name][0]
 
     def round(self) -> Round:
-        self._started = time.perf_counter()
+        self._started, self._weighing_s = time.perf_counter(), 0.0
         if self.parts.rank_policy is not None:
             self._resize()
         return Round(np.array([[self.rank]]), np.array([[self.step]]), np.zeros(1))
@@ -120,7 +121,9 @@ class Distributed(Engine):
         if self._last is not None and looks is not None and not looks(moment, self._last):
             return
         if isinstance(policy, AdaptiveRankPolicy):
+            began = time.perf_counter()
             self._weigh(policy, moment)
+            self._weighing_s = time.perf_counter() - began
         self._last = moment
         names = [name for name, p in self._named.items() if p.dim() > 1]
         if not isinstance(policy, AdaptiveRankPolicy):  # a function of the moment, which all processes know
@@ -253,6 +256,7 @@ class Distributed(Engine):
     def _advance(self, now: Round) -> None:
         spent = time.perf_counter() - self._started
         self._elapsed += spent
+        spent -= self._weighing_s  # which takes time, but is no part of what an update computes
         clock, shared, sampler = self.state.clock, self.state.shared, self.parts.sampler
         self.state.worker["cursor"] += 1
         clock["step"].add_(1)
@@ -272,7 +276,8 @@ class Distributed(Engine):
             if should > 0:
                 self._watch.note(self._kind, found.get("collective_s", 0.0) / should)
         shared["link"]["messages"].fill_(self.hook.messages)
-        shared["link"]["gathered"].fill_(self.hook.gathered)
+        if "gathered" in shared["link"]:  # not in a checkpoint of an earlier version
+            shared["link"]["gathered"].fill_(self.hook.gathered)
         shared["link"]["seconds"].add_(found.get("collective_s", 0.0))
         if (factors := self._factors()) and self.rank == 0:
             shared["q"] = factors

@@ -79,6 +79,9 @@ class LinkWatch:
     What is noted is the time of an update's collectives over what the last measurement says it should be. The median
     of the latest ``window`` updates of a kind (those with the same ranks) is held against that of its first ``window``,
     without the first ``settle``.
+
+    Its limit: a change while a kind's first updates are noted (``settle`` + ``window`` of them, again after each new
+    rank) becomes part of what is usual for that kind, and is not noticed.
     """
 
     settle: int = 5

@@ -77,7 +77,8 @@ class Exchanging:
         if link is not None:
             state.shared["link"]["seconds"].add_(seconds)
             state.shared["link"]["messages"].add_(messages)
-            state.shared["link"]["gathered"].add_(gathered)
+            if "gathered" in state.shared["link"]:  # not in a checkpoint of an earlier version
+                state.shared["link"]["gathered"].add_(gathered)
         return mean
 
     def moment(self, state: State, step: int, lr: Tensor) -> RankMoment:

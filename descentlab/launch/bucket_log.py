@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
+
+from ..store.atomic import write_text
 
 FILE = "buckets.jsonl"
 
@@ -23,8 +26,8 @@ class BucketLog:
         if step and path.is_file():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             kept = [line for line in lines if json.loads(line)["step"] < step]
-        self._file = path.open("w")
-        self._file.writelines(kept)
+        write_text(path, "".join(kept))  # whole or not at all: a second kill may come before the next checkpoint
+        self._file = path.open("a")
 
     def write(self, step: int, exchanges: list[Any]) -> None:
         """The update ``step``; ``exchanges``: :class:`~descentlab.comm.hook.BucketTimes`."""
@@ -36,6 +39,7 @@ class BucketLog:
     def flush(self) -> None:
         """Bring it to the disk, before a checkpoint counts."""
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more updates."""

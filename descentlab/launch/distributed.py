@@ -17,6 +17,7 @@ from ..cluster.namespaces import Shape, change, end_with_parent, network
 from ..core.errors import StudyError
 from ..store import RunDirectory
 from ..store.claim import Claim
+from ..store.parts import read_cover
 from .plan import Block
 
 STOP, STEP = "stop", "step.txt"  # files in the block's folder by which the processes talk
@@ -44,13 +45,14 @@ def run_distributed(
     with _alone(stop) as mine, _place(cell) as namespaces:
         if not mine:
             return "interrupted"
+        rates, held = _Rates(getattr(cell, "link", None), namespaces), read_cover(folder)
+        rates.reach(held.step if held else 0)  # before the processes measure the link they go on over
         with subprocess.Popen(
             command(directory.path, block.key, cell.workers, cell.restarts),
             env=environment(namespaces),
             preexec_fn=end_with_parent,  # so that nothing is left when this process is killed
         ) as process:
             try:
-                rates = _Rates(getattr(cell, "link", None), namespaces)
                 interrupted = _watch(process, folder, claim, tick, stop, rates)
             finally:
                 _end(process)

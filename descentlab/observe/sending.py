@@ -28,7 +28,7 @@ class Sending:
         if change is not None:
             found["gradient_change"] = torch.stack(list(change.values())).mean(0)
         if "link" in shared:
-            found |= {key: shared["link"][key] for key in ("messages", "gathered")}
+            found |= {key: shared["link"][key] for key in ("messages", "gathered") if key in shared["link"]}
             found["link_s"] = shared["link"]["seconds"]
         found.update(shared.get("times", {}))
         return found

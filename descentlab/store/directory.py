@@ -120,7 +120,8 @@ class RunDirectory:
             return
         kept = sorted(self.path.glob(EARLIER), key=lambda path: int(path.suffixes[0][1:]))
         if not kept or not _holds(kept[-1], old.read_text()):  # a kill may have come between the two
-            write_text(self.path / f"study.{len(kept) + 1}.yaml", old.read_text())
+            number = 1 + (int(kept[-1].suffixes[0][1:]) if kept else 0)  # one of them may have been removed
+            write_text(self.path / f"study.{number}.yaml", old.read_text())
 
     def others(self) -> str:
         """Who runs blocks of the directory now, in words; empty when nobody does."""

@@ -109,19 +109,24 @@ def cell_summary(found: Outcomes, results: ResultsLike) -> dict[str, SummaryItem
         for name in ("virtual_s", "wall_s", "samples", "bytes_sent"):
             mean = float(np.mean([row[name] for row in last])) if last and name in last[0] else None
             summary[f"{at}/{name}"] = plain_item(mean, len(last), "mean at the last evaluation")
-        summary |= {f"{at}/{name}": made for name, made in _more(last).items()}
+        summary |= {f"{at}/{name}": made for name, made in _more(found, runs).items()}
     return summary
 
 
-def _more(last: Sequence[Mapping[str, Any]]) -> dict[str, SummaryItem]:
-    """Accuracy on the training set, and on the test samples of each class, where they were measured."""
+def _more(found: Outcomes, runs: Sequence[str]) -> dict[str, SummaryItem]:
+    """Accuracy on the training set, and on the test samples of each class, where they were measured; failures at
+    chance."""
+    ends = {run: found.ends.get(run, {}) for run in runs}
     keys = {"train_accuracy": "train_set_accuracy"}
-    keys |= {f"class_{key.rsplit('_', 1)[1]}": key for key in (last[0] if last else ()) if key.startswith(CLASS)}
+    keys |= {f"class_{key.rsplit('_', 1)[1]}": key for row in ends.values() for key in row if key.startswith(CLASS)}
     out = {}
     for name, key in keys.items():
-        values = [float(row[key]) for row in last if row.get(key) is not None]
-        if values and np.isfinite(values).all():
-            out[name] = bounded(item(estimate(values)))
+        if all(row.get(key) is None for row in ends.values()):
+            continue
+        values = [found.scores.chance if found.scores[run].failed else row.get(key) for run, row in ends.items()]
+        known = [float(value) for value in values if value is not None and np.isfinite(value)]
+        if known:
+            out[name] = bounded(item(estimate(known)))
     return out
 
 

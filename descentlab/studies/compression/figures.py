@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -160,7 +161,7 @@ def prediction(predicted: Sequence[Predicted]) -> Figure:
     """Measured against predicted milliseconds of an update: a colour per method, a marker per link."""
     methods = list(dict.fromkeys(one.method.partition(",")[0] for one in predicted))
     rates = sorted({one.bandwidth_mbps for one in predicted}, reverse=True)
-    look, marks = looks(methods), dict(zip(rates, "os^Dv<>p*", strict=False))
+    look, marks = looks(methods), dict(zip(rates, cycle("os^Dv<>p*"), strict=False))
     fill = {method: "full" if i < len(COLOURS) else "none" for i, method in enumerate(methods)}  # colours come again
     with styled():
         figure = new_figure(DOUBLE, 3.6)

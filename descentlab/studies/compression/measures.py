@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,6 +16,7 @@ from ...report import SummaryItem
 from ..common import bounded, item
 
 MEASURES = ("accuracy", "time_s", "bytes_sent", "iterations_per_s", "link_share")
+GATHERED = frozenset({"topk", "sign"})  # compressors whose messages were gathered when tables did not yet say so
 PARTS = {  # column -> what the bar says
     "compute_s": "gradient and update",
     "compress_s": "compress",
@@ -45,6 +47,7 @@ class Run:
     latency_s: float = 0.0  # as set, of a simulated link
     measured_s: float | None = None
     busy_s: float | None = None
+    link: Mapping[str, Any] = field(default_factory=dict)  # all of its settings
 
     @property
     def base(self) -> str:
@@ -79,15 +82,21 @@ def runs_of(results: ResultsLike, scores: Scores, methods: Mapping[str, str]) ->
                 float(last.get("messages") or 0.0),
                 _parts(rows, steps, compute_s),
                 int(settings["workers"]),
-                bool(last.get("gathered")),
+                _gathers(last, settings["compressor"]["name"]),
                 score.state == "failed",
                 float(settings["link"].get("bandwidth_mbps") or 0.0),
                 float(settings["link"].get("latency_ms") or 0.0) / 1e3,
                 *_medians(rows),
+                settings["link"],
             )
         )
     order = list(dict.fromkeys(methods.values()))
     return sorted(found, key=lambda run: (order.index(run.method), run.replicate))
+
+
+def _gathers(last: Mapping[str, Any], compressor: str) -> bool:
+    gathered = last.get("gathered")
+    return compressor in GATHERED if gathered is None else gathered > 0
 
 
 def _measured(rows: pl.DataFrame) -> bool:
@@ -170,14 +179,32 @@ def curves(results: ResultsLike, methods: Mapping[str, str], x: str) -> dict[str
 
 
 def by_link(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by their link, named where there are several; slowest last."""
-    links = sorted({(run.bandwidth_mbps, run.latency_s) for run in runs}, key=lambda link: (-(link[0] or np.inf), link))
+    """Runs by their link, named by what differs where there are several; slowest last."""
+    links: list[Run] = []  # a run of each
+    for run in runs:
+        if not any(_link_of(run) == _link_of(other) for other in links):
+            links.append(run)
+    links.sort(key=lambda run: (-(run.bandwidth_mbps or np.inf), run.latency_s))
+    others = [{k: v for k, v in _link_of(run).items() if k not in ("bandwidth_mbps", "latency_ms")} for run in links]
+    keys = [
+        key
+        for key in dict.fromkeys(k for own in others for k in own)
+        if any(own.get(key) != others[0].get(key) for own in others)
+    ]
+    named = [
+        ", ".join([_link_name(run), *(f"{key} {own[key]}" for key in keys if own.get(key) is not None)])
+        for run, own in zip(links, others, strict=True)
+    ]
     return {
-        _link_name(*link) if len(links) > 1 else "": [r for r in runs if (r.bandwidth_mbps, r.latency_s) == link]
-        for link in links
+        name if len(links) > 1 else "": [run for run in runs if _link_of(run) == _link_of(first)]
+        for name, first in zip(named, links, strict=True)
     }
 
 
-def _link_name(bandwidth_mbps: float, latency_s: float) -> str:
-    rate = f"{bandwidth_mbps:g} Mbit/s" if bandwidth_mbps else "no limit"
-    return f"{rate}, {1e3 * latency_s:g} ms a hop" if latency_s else rate
+def _link_of(run: Run) -> dict[str, Any]:
+    return {**run.link, "bandwidth_mbps": run.bandwidth_mbps, "latency_ms": 1e3 * run.latency_s}
+
+
+def _link_name(run: Run) -> str:
+    rate = f"{run.bandwidth_mbps:g} Mbit/s" if run.bandwidth_mbps else "no limit"
+    return f"{rate}, {1e3 * run.latency_s:g} ms a hop" if run.latency_s else rate

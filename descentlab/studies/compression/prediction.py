@@ -37,15 +37,17 @@ def predictions(results: ResultsLike, runs: Sequence[Run]) -> list[Predicted]:
     """Of every method whose processes talked over a link with a limit, in the order of ``runs``.
 
     a: the medians of what computing, compressing and decompressing took in that run, and the latency its processes
-    measured before it, per message. b: the limit the link was given. Nothing is fitted.
+    measured before it, per message. b: the limit the link was given, the lower one of the two directions. Nothing is
+    fitted. Runs whose link changed on the way have no single prediction and are left out.
     """
     latency = latencies(results)
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for run in runs:
-        if run.measured_s is None or not run.bandwidth_mbps or run.id not in latency or not run.messages:
+        rate = min((r for r in (run.bandwidth_mbps, run.link.get("ingress_mbps")) if r), default=0.0)
+        if run.measured_s is None or not rate or run.id not in latency or not run.messages or run.link.get("changes"):
             continue
-        told = update_s(run, run.bandwidth_mbps, latency[run.id], run.busy_s)
-        found.setdefault((run.method, run.bandwidth_mbps), []).append((run.measured_s, told))
+        told = update_s(run, rate, latency[run.id], run.busy_s)
+        found.setdefault((run.method, rate), []).append((run.measured_s, told))
     means = {key: np.mean(pairs, axis=0).tolist() for key, pairs in found.items()}
     return [Predicted(*key, means[key][0], means[key][1], len(pairs)) for key, pairs in found.items()]
 

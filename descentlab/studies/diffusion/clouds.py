@@ -16,6 +16,7 @@ from ...store import RunDirectory
 
 Arrays = Mapping[str, np.ndarray]
 NAMING = ("dataset", "model", "dtype", "batch_size", "seed")  # settings that tell clouds apart, beside rate and loader
+SPECTRA = ("eigenvalues", "nodes")  # of hessians.npz, [runs, steps, ...]
 FILES = {
     "sgd": "theta.npz",
     "gd": "theta.npz",
@@ -60,6 +61,8 @@ class Stages:
                     self._read[key] = dict(held)
             except (OSError, ValueError) as error:
                 raise StudyError(f"{file} cannot be read ({error}); delete its block to compute it again") from None
+            if block["stage"] == "hessians" and any(v.ndim == 2 for k, v in self._read[key].items() if k in SPECTRA):
+                raise StudyError(f"{file} was written by an earlier version, for one run; run the study again")
         return self._read[key]
 
     def before(self, block: Mapping[str, Any], stage: str) -> list[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,20 @@ from ..common import contrast_item, item
 from .clouds import Cloud, Stages
 from .directions import GROUPS
 from .score import score
+from .spec import READS, DiffusionSpec
 
-AXES = ("dataset", "splits", "model", "sampler", "dtype", "batch_size", "optimizer", "reference")
+FIRST = ("dataset", "splits", "model", "sampler", "dtype", "batch_size", "optimizer", "reference")  # named first
+APART = ("study", "seed", "hessians")  # the replicate, and what no cloud depends on
+# every setting in which two clouds can differ
+AXES = (
+    *FIRST,
+    *(
+        name
+        for name, field in DiffusionSpec.model_fields.items()
+        if name not in (*FIRST, *APART) and not (field.json_schema_extra or {}).get("extent")  # type: ignore[union-attr]
+    ),
+)
+OF_THETA = frozenset(key.partition(".")[0] for stage in ("sgd", "gd") for key in READS[stage])
 GD = "gradient descent"
 ONE = "one theta*"
 Arrays = Mapping[str, np.ndarray]
@@ -33,11 +46,13 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass
 class Measured:
-    """One cloud: a value per quantity, and where runs are replicates its pseudo-values ``[G]`` over groups of them."""
+    """One cloud: a value per quantity, and where runs are replicates its pseudo-values ``[G]`` over groups of them.
+    ``lost``: quantity -> runs it leaves out because they are not finite."""
 
     cloud: Cloud
     values: dict[str, float] = field(default_factory=dict)
     groups: dict[str, np.ndarray] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -75,10 +90,12 @@ def measure(results: ResultsLike, stages: Stages, cloud: Cloud) -> Measured:
     if cloud.losses is not None:
         held = stages.arrays(cloud.losses)
         loss, start = held["loss"][np.isfinite(held["loss"])], float(held["start_loss"][0])
+        found.lost = dict.fromkeys(("test loss rise", "test loss deviation", GD), len(held["loss"]) - len(loss))
         if len(loss) > 2:
-            means = _without_groups(loss, np.mean)
+            means = _without_groups(held["loss"], np.mean)
+            deviations = _without_groups(held["loss"], lambda v: v.std(ddof=1))
             found.add("test loss rise", float(loss.mean()) - start, [m - start for m in means])
-            found.add("test loss deviation", float(loss.std(ddof=1)), _without_groups(loss, lambda v: v.std(ddof=1)))
+            found.add("test loss deviation", float(loss.std(ddof=1)), deviations)
             end = _last(results, cloud.control, "test_loss")
             if end is not None:
                 found.add(GD, float(loss.mean()) - end, [m - end for m in means])
@@ -123,12 +140,13 @@ def _landscape(found: Measured, arrays: Arrays) -> None:
 
 
 def _without_groups(values: np.ndarray, of: Callable[[np.ndarray], float]) -> list[float]:
-    """``of`` the values ``[n]`` without each of the groups; empty for too few."""
-    n = len(values)
-    if n < 2 * GROUPS:
+    """``of`` the finite ones of the values ``[n]`` without each of the groups; empty for too few. A run's number says
+    its group, so that two clouds have the same runs in each whatever runs they lost."""
+    n, finite = len(values), np.isfinite(values)
+    if finite.sum() < 2 * GROUPS:
         return []
     group = np.arange(n) * GROUPS // n
-    return [float(of(values[group != g])) for g in range(GROUPS)]
+    return [float(of(values[finite & (group != g)])) for g in range(GROUPS)]
 
 
 def _last(results: ResultsLike, block: Mapping[str, Any] | None, column: str) -> float | None:
@@ -147,6 +165,14 @@ class Planned:
     quantity: str
     first: Mapping[int, Measured]
     second: Mapping[int, Measured]
+
+    @property
+    def lost(self) -> int:
+        """Runs that the quantity leaves out on both sides, in the seeds compared."""
+        if self.quantity == GD:
+            return sum(one.lost.get(GD, 0) for one in self.second.values())
+        seeds = set(self.first) & set(self.second)
+        return sum(side[s].lost.get(self.quantity, 0) for side in (self.first, self.second) for s in seeds)
 
     def differences(self) -> tuple[np.ndarray, str]:
         """Second minus first, one per replicate, and what a replicate is."""
@@ -173,64 +199,90 @@ def planned(measured: Sequence[Measured]) -> Iterator[Planned]:
     variants: dict[str, dict[int, Measured]] = {}
     settings: dict[str, Mapping[str, Any]] = {}
     for one in measured:
-        key = str([one.cloud.settings[axis] for axis in AXES])
+        key = str([one.cloud.settings.get(axis) for axis in AXES])
         variants.setdefault(key, {})[one.seed] = one
         settings[key] = one.cloud.settings
-    taken: set[tuple[frozenset[str], str]] = set()
-    for a, b in itertools.combinations(variants, 2):
-        apart = _apart(settings[a], settings[b])
-        closer = any(k != b and _apart(settings[k], settings[b]) < apart for k in variants)
-        if closer or (apart, b) in taken:
-            continue
-        taken.add((apart, b))
-        name = _name(settings[a], settings[b], list(settings.values()))
+    every = list(settings.values())
+    chosen = list(_pairs(settings))
+    names = _distinct([partial(_name, settings[a], settings[b], every) for a, b in chosen])
+    for (a, b), name in zip(chosen, names, strict=True):
         for quantity in QUANTITIES:
-            if quantity in _LANDSCAPE and apart <= _LATER:
+            if quantity in _LANDSCAPE and not _apart(settings[a], settings[b]) & OF_THETA:
                 continue  # one and the same theta*
             if any(quantity in one.values for one in variants[b].values()):
                 yield Planned(name, quantity, variants[a], variants[b])
-    for key, own in variants.items():
-        if any(GD in one.values for one in own.values()):
-            where = _where(settings[key], list(settings.values()), frozenset())
-            yield Planned(f"SGD - gradient descent{where}", GD, {}, own)
+    against = [key for key, own in variants.items() if any(GD in one.values for one in own.values())]
+    for key, where in zip(against, _distinct([partial(_where, settings[k], every) for k in against]), strict=True):
+        yield Planned(f"SGD - gradient descent{where}", GD, {}, variants[key])
+
+
+def _pairs(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Keys of the variants to be compared."""
+    taken: set[tuple[frozenset[str], str]] = set()
+    for a, b in itertools.combinations(settings, 2):
+        apart = _apart(settings[a], settings[b])
+        closer = any(k != b and _apart(settings[k], settings[b]) < apart for k in settings)
+        if not closer and (apart, b) not in taken:
+            taken.add((apart, b))
+            yield a, b
+
+
+def _distinct(named: Sequence[Callable[..., str]]) -> list[str]:
+    """Short names, and whole ones where several would have the same."""
+    short = Counter(name() for name in named)
+    return [name(whole=True) if short[name()] > 1 else name() for name in named]
 
 
 _LANDSCAPE = ("test loss", "generalisation gap", "sharpness", "curvature", "negative share", "noise alignment")
-_LATER = frozenset({"sampler", "optimizer"})  # what theta* does not depend on
 
 
 def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(axis for axis in AXES if a[axis] != b[axis])
+    return frozenset(axis for axis in AXES if a.get(axis) != b.get(axis))
 
 
-def _name(a: Mapping[str, Any], b: Mapping[str, Any], all_of: Sequence[Mapping[str, Any]]) -> str:
-    """``sampler shuffle - replacement, lr 0.05``: what differs, second minus first, and where the grid has more."""
+def _name(a: Mapping[str, Any], b: Mapping[str, Any], all_of: Sequence[Mapping[str, Any]], whole: bool = False) -> str:
+    """``sampler shuffle - replacement (optimizer lr=0.05)``: what differs, second minus first, and where the grid has
+    more; what follows from another dataset or model only where ``whole``."""
     apart = _apart(a, b)
     shown = sorted(apart, key=AXES.index)
-    if {"dataset", "model"} & apart:
+    if {"dataset", "model"} & apart and not whole:
         shown = [axis for axis in shown if axis in ("dataset", "model")]
-    parts = [f"{axis} {_short(b[axis], a[axis])} - {_short(a[axis], b[axis])}" for axis in shown]
-    return ", ".join(parts) + _where(a, all_of, apart)
+    parts = [f"{axis} {_short(b.get(axis), a.get(axis))} - {_short(a.get(axis), b.get(axis))}" for axis in shown]
+    return ", ".join(parts) + _where(a, all_of, apart, whole)
 
 
-def _where(own: Mapping[str, Any], all_of: Sequence[Mapping[str, Any]], apart: frozenset[str]) -> str:
+def _where(
+    own: Mapping[str, Any],
+    all_of: Sequence[Mapping[str, Any]],
+    apart: frozenset[str] = frozenset(),
+    whole: bool = False,
+) -> str:
     found = []
-    for axis in AXES:
-        levels = [one[axis] for one in all_of]
-        other = next((level for level in levels if level != own[axis]), None)
-        if axis not in apart and other is not None and axis not in ("splits", "reference"):
-            found.append(f"{axis} {_short(own[axis], other)}")
+    for axis in AXES if whole else [axis for axis in AXES if axis not in ("splits", "reference")]:
+        others = [one.get(axis) for one in all_of if one.get(axis) != own.get(axis)]
+        if axis not in apart and others:
+            found.append(f"{axis} {_short(own.get(axis), *others)}")
     return f" ({', '.join(found)})" if found else ""
 
 
-def _short(value: Any, other: Any) -> str:
-    """A setting by its name, or by what tells it from ``other``."""
+def _short(value: Any, *others: Any) -> str:
+    """A setting by its name, or by what tells it from the ``others``; ``gd.lr=0.1`` for a key of a block in it."""
     if not isinstance(value, Mapping):
         return str(value)
-    if not isinstance(other, Mapping) or value.get("name") != other.get("name"):
-        return str(value.get("name", value))
-    differing = {k: v for k, v in value.items() if other.get(k) != v}
-    return " ".join(f"{k}={value_text(v) if isinstance(v, float) else v}" for k, v in differing.items())
+    alike = [one for one in others if isinstance(one, Mapping) and one.get("name") == value.get("name")]
+    parts = [str(value.get("name", value))] if len(alike) < len(others) else []
+    own, against = _flat(value), [_flat(one) for one in alike]
+    differing = {k: v for k, v in own.items() if any(one.get(k) != v for one in against)}
+    return " ".join(parts + [f"{k}={value_text(v) if isinstance(v, float) else v}" for k, v in differing.items()])
+
+
+def _flat(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a block and of the blocks in it, dotted."""
+    out: dict[str, Any] = {}
+    for key, value in block.items():
+        inner = _flat(value) if isinstance(value, Mapping) else None
+        out |= {key: value} if inner is None else {f"{key}.{k}": v for k, v in inner.items()}
+    return out
 
 
 @dataclass(frozen=True)
@@ -262,6 +314,7 @@ def table(found: Sequence[Answer]) -> TableBlock | None:
         Column("verdict"),
         Column("replicate", "", "seed: a whole chain from initial weights on; group of runs: for this theta* only"),
         Column("n", "d"),
+        Column("left out", "d", "runs on both sides whose test loss is not finite"),
         Column("difference", "+.4g", "second minus first, mean with its 95 % interval, not corrected"),
         Column("Holm p", ".3g", "corrected for all contrasts with replicates"),
         Column("detectable", ".3g", "difference found with 80 % power at the corrected level"),
@@ -271,11 +324,13 @@ def table(found: Sequence[Answer]) -> TableBlock | None:
     for one in found:
         what = "test loss" if one.plan.quantity == GD else one.plan.quantity
         if one.result is None:
-            rows.append([one.plan.name, what, "not tested: one theta*", one.unit, 1, one.value, None, None, None])
+            rows.append(
+                [one.plan.name, what, "not tested: one theta*", one.unit, 1, one.plan.lost, one.value, *[None] * 3]
+            )
             continue
         r = one.result
         tail = [r.p_holm, r.detectable, r.estimate.dz]
-        rows.append([one.plan.name, what, r.verdict, one.unit, r.estimate.n, item(r.estimate), *tail])
+        rows.append([one.plan.name, what, r.verdict, one.unit, r.estimate.n, one.plan.lost, item(r.estimate), *tail])
     text = "; ".join(f"{name}: {what}" for name, what in QUANTITIES.items())
     return TableBlock(columns, rows, f"Every pair the grid allows. {text}. Differences of ln are logarithms of ratios.")
 
@@ -286,11 +341,14 @@ def items(found: Sequence[Answer]) -> dict[str, SummaryItem]:
     for one in found:
         what = "test loss" if one.plan.quantity == GD else one.plan.quantity
         key = f"diffusion/contrast/{one.plan.name}/{what}"
+        left_out = f"; {one.plan.lost} runs that are not finite left out" if one.plan.lost else ""
         if one.result is None:
-            out[key] = SummaryItem(one.value, 1, None, None, "difference, one theta*: not tested")
+            out[key] = SummaryItem(one.value, 1, None, None, f"difference, one theta*: not tested{left_out}")
         else:
             made = contrast_item(one.result)
-            out[key] = SummaryItem(made.value, made.n, made.low, made.high, f"replicate: {one.unit}; {made.method}")
+            out[key] = SummaryItem(
+                made.value, made.n, made.low, made.high, f"replicate: {one.unit}; {made.method}{left_out}"
+            )
     return out
 
 
@@ -314,5 +372,7 @@ def verdicts(found: Sequence[Answer]) -> list[Verdict]:
             said.setdefault(one.result.verdict if one.result else "", []).append(what)
         text = f"{name}: " + "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in said.items())
         unit, n = own[0].unit, own[0].result.estimate.n if own[0].result else 0
-        lines.append(Verdict(text, f"replicate: {unit}, n = {n}; Holm over all contrasts of this report"))
+        lost = max(one.plan.lost for one in own)
+        left_out = f"; of the test loss {lost} runs that are not finite left out" if lost else ""
+        lines.append(Verdict(text, f"replicate: {unit}, n = {n}; Holm over all contrasts of this report{left_out}"))
     return lines

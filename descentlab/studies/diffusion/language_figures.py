@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import stats
 
 from ...report import Column, SummaryItem, TableBlock
 from ...report.figures import COLOURS, DOUBLE, GREY, LINES, new_figure, styled
-from ...theory.intervals import over_replicates
+from ...theory.intervals import holm, over_replicates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, np.ndarray]
 SHOWN = 4  # attention maps
 LETTERS = "abcdefgh"
+LEVEL = 0.05  # of a cloud's quantities together
 
 
 def items(found: Arrays) -> dict[str, SummaryItem]:
@@ -37,23 +39,26 @@ def table(clouds: Mapping[str, tuple[Arrays, Mapping[str, SummaryItem]]]) -> Tab
     """One row per cloud and quantity: at the start, at theta*, and what the runs make of it."""
     rows: list[list[Any]] = []
     for name, (found, own) in clouds.items():
+        adjusted = _p_values(found)
         for i, quantity in enumerate(found["quantities"].tolist()):
             change = own[f"language/{quantity}"]
             verdict = "within noise"
             if change.low is None or change.high is None:
                 verdict = "not tested"
-            elif change.low > 0 or change.high < 0:
-                verdict = "rises" if change.low > 0 else "falls"
+            elif adjusted[i] < LEVEL:
+                verdict = "rises" if (change.value or 0.0) > 0 else "falls"
             values = [float(found["values"][0, i]), float(found["values"][-1, i])]
-            rows.append([name, quantity.replace("_", " "), *values, change.n, change, verdict])
+            p = None if verdict == "not tested" else float(adjusted[i])
+            rows.append([name, quantity.replace("_", " "), *values, change.n, change, p, verdict])
     columns = [
         Column("cloud"),
         Column("quantity"),
         Column("initial weights", ".4g"),
         Column("theta*", ".4g"),
         Column("n", "d", "runs"),
-        Column("runs - theta*", "+.3g", "mean over runs at their end, with its 95 % interval"),
-        Column("verdict", "", "of the runs beside theta*"),
+        Column("runs - theta*", "+.3g", "mean over runs at their end, with its 95 % interval, not corrected"),
+        Column("Holm p", ".3g", "Student's t over runs, corrected for the quantities of this cloud"),
+        Column("verdict", "", "of the runs beside theta*, by the corrected p"),
     ]
     text = (
         "Entropy of attention: 1 where a query looks everywhere alike; previous: weight on the token before; ranks: "
@@ -61,6 +66,15 @@ def table(clouds: Mapping[str, tuple[Arrays, Mapping[str, SummaryItem]]]) -> Tab
         "windows of the test text."
     )
     return TableBlock(columns, rows, text)
+
+
+def _p_values(found: Arrays) -> np.ndarray:
+    """Holm's p ``[q]`` of no change from theta* to the runs' ends; 0 or 1 where all runs changed alike or not."""
+    apart = found["run_values"] - found["values"][-1]
+    p, scattered = np.where(apart.mean(0) == 0, 1.0, 0.0), np.ptp(apart, axis=0) > 0
+    if len(apart) > 1 and scattered.any():
+        p[scattered] = stats.ttest_1samp(apart[:, scattered], 0.0, axis=0).pvalue
+    return holm(p)
 
 
 def picture(found: Arrays) -> Figure:

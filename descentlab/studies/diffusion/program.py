@@ -35,7 +35,7 @@ from .program_descent import Descent
 from .program_language import language, marks
 from .program_polish import polished
 from .program_theory import predict
-from .spec import INPUTS, LANGUAGE, OF_ALL, READS, DiffusionSpec
+from .spec import INPUTS, LANGUAGE, OF_ALL, READS, SEMANTICS, DiffusionSpec
 from .statistics import measured
 
 Bench = Any  # launch.staged.Bench, which this room may not import
@@ -53,7 +53,7 @@ def stages(cell: DiffusionSpec) -> list[Stage]:
             block, _, inner = key.partition(".")
             own[key] = whole.get(block, {}).get(inner, {}) if inner else whole.get(block)
         many = {"members": cell.members()} if name in OF_ALL else {}
-        made.append(Stage(name, KINDS.get(name, "train"), {**own, **many}, inputs))
+        made.append(Stage(name, KINDS.get(name, "train"), {**own, **many}, inputs, semantics=SEMANTICS.get(name, 1)))
     return made
 
 
@@ -405,16 +405,24 @@ def _statistics(bench: Bench, cell: DiffusionSpec) -> None:
 
 
 def _language(bench: Bench, cell: DiffusionSpec) -> None:
-    """See :mod:`.program_language`."""
+    """See :mod:`.program_language`. Runs that are not finite at the end are left out; below three nothing is said."""
     cloud, work, before = gathered(bench), bench.workload(cell), bench.input("sgd", "theta.npz")
+    if "path" not in before:
+        raise StudyError(
+            "stage sgd of this directory was computed by an earlier version, which kept no weights along the training; "
+            "use --overwrite or another --out"
+        )
     end = cloud["theta"][max(cloud["theta"])]
+    alive = end[np.isfinite(end).all(axis=1)]
+    bench.rows({"step": [cell.cloud.steps - 1]})
+    if len(alive) < 3:
+        bench.save("language.npz", {"runs": np.array(len(alive))})
+        return
     at = bench.of("curvature").input("gd", "theta.npz")
     path, steps = [*before["path"], at["theta"]], [*before["path_steps"].tolist(), -1]
     module = module_at(cell, work, at)
-    alive = end[np.isfinite(end).all(axis=1)]
     found = language(module, work.data.x_test, path, steps, alive, bench.input("curvature", "curvature.npz"))
     bench.save("language.npz", found)
-    bench.rows({"step": [cell.cloud.steps - 1]})
 
 
 STAGES: dict[str, Callable[[Any, DiffusionSpec], Mapping[str, int] | None]] = {

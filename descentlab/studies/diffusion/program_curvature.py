@@ -94,12 +94,15 @@ class CurvatureAlong:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For one .npz: ``steps`` ``[K]``; per run ``eigenvalues`` ``[R, K, ...]`` and ``vectors``, or ``nodes`` and
-        ``weights``; where Hessians are dense ``mean_hessian`` ``[R, D, D]``, every run's mean over its steps."""
-        steps = sorted({step for runs in self._kept.values() for kept in runs.values() for step in kept})
+        ``weights``; where Hessians are dense ``mean_hessian`` ``[R, D, D]``, every run's mean over its steps. NaN where
+        a run had diverged, and a mean of NaN for a run that did not reach the last of the steps."""
+        steps = list(range(0, self.own.steps, self.own.every))
         out = {"steps": np.array(steps)}
         for name, runs in self._kept.items():
-            missing = np.full_like(next(iter(next(iter(runs.values())).values())), np.nan)  # of a run that diverged
+            missing = np.full_like(next(iter(next(iter(runs.values())).values())), np.nan)
             out[name] = np.stack([np.stack([runs[run].get(step, missing) for step in steps]) for run in sorted(runs)])
         if self._sums:
-            out["mean_hessian"] = np.stack([self._sums[run] / len(steps) for run in sorted(self._sums)])
+            seen = {run: len(kept) for run, kept in self._kept["eigenvalues"].items()}
+            whole = {run: 1.0 if seen[run] == len(steps) else np.nan for run in self._sums}
+            out["mean_hessian"] = np.stack([whole[run] * self._sums[run] / len(steps) for run in sorted(self._sums)])
         return out

@@ -108,7 +108,9 @@ def tubes(along: Mapping[str, Arrays]) -> Figure:
 
 
 def _largest(ax: Any, steps: np.ndarray, values: np.ndarray, mark: Any) -> None:
-    """``values`` ``[R, K]`` over ``steps``."""
+    """``values`` ``[R, K]`` over ``steps``, as far as any run is finite."""
+    reached = np.isfinite(values).any(axis=0)
+    steps, values = steps[reached], values[:, reached]
     ax.plot(steps, np.nanmean(values, 0), color=mark.colour, linestyle=mark.line, linewidth=1)
     if len(values) > 1:
         found = over_replicates(values)
@@ -181,10 +183,17 @@ def across_rates(
     return figure
 
 
+def whole_runs(found: Arrays) -> np.ndarray:
+    """The averaged Hessians ``[R, D, D]`` of the runs that did not diverge."""
+    return found["mean_hessian"][np.isfinite(found["mean_hessian"]).all((1, 2))]
+
+
 def averaged_eigenvalues(found: Arrays) -> np.ndarray:
     """Eigenvalues (rising) of the Hessian averaged over runs and steps, ``[D, 3]``: with jackknife intervals over runs
-    where there are three, else without ends (NaN)."""
-    matrices = found["mean_hessian"][np.isfinite(found["mean_hessian"]).all((1, 2))]
+    where there are three, else without ends (NaN); all NaN where no run went on to its end."""
+    matrices = whole_runs(found)
+    if not len(matrices):
+        return np.full((found["mean_hessian"].shape[1], 3), np.nan)
     if len(matrices) > 2:
         return np.stack(eigenvalues_of_mean(matrices), axis=1)
     values = np.linalg.eigvalsh(matrices.mean(0))

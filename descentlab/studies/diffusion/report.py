@@ -16,6 +16,7 @@ from ...theory.intervals import over_replicates
 from ..common import command_text, is_brief, plain_item, shown_provenance
 from . import contrasts, control, figures, language_figures, process_figures, reference_figures
 from .clouds import Cloud, Stages, clouds_of, merged_hessians
+from .reference_figures import whole_runs
 from .score import Bridge, Score, bridge, items, score, trace_item
 from .spec import STUDY
 from .verdicts import Point, bridge_verdict, cloud_verdict, point_of, point_verdict, prediction_table
@@ -248,9 +249,9 @@ def _controls(clouds: Sequence[Cloud], stages: Stages) -> dict[str, Mapping[str,
 
 
 def _texts(clouds: Sequence[Cloud], stages: Stages) -> Described:
-    """Name of a cloud of a transformer -> its ``language.npz`` and the summary of it."""
+    """Name of a cloud of a transformer -> its ``language.npz`` and the summary of it, where runs are left for one."""
     held = {c.name: stages.arrays(c.language) for c in clouds if c.language is not None}
-    return {name: (found, language_figures.items(found)) for name, found in held.items()}
+    return {name: (found, language_figures.items(found)) for name, found in held.items() if "quantities" in found}
 
 
 def _attention(texts: Described, brief: bool) -> Section:
@@ -372,22 +373,25 @@ def _curvature(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Map
         predicted = np.array([np.trace(arrays[c.name]["Vhat"]) for c in own])
         shares = {c.name: _trace_share(c, stages, dense[c.name]) for c in clouds if c.name in dense}
         picture = reference_figures.across_rates(np.array([c.lr for c in own]), ends, predicted, dense, shares)
-        runs = max(len(found["mean_hessian"]) for found in dense.values())
+        runs = ", ".join(f"{len(whole_runs(found))} of {len(found['mean_hessian'])}" for found in dense.values())
         caption = (
             f"What a learning rate changes. Size of the cloud: jackknife over groups of runs. Averaged Hessian: over "
-            f"{runs} runs and their steps; trace: mean over these runs with Student's 95 % interval."
+            f"the runs that did not diverge ({runs}) and their steps; trace: mean over these runs with Student's 95 % "
+            "interval."
         )
         blocks.append(FigureBlock("rates", picture, caption, "Comparison across learning rates"))
     return Section("Curvature and noise", blocks)
 
 
 def _trace_share(cloud: Cloud, stages: Stages, found: Mapping[str, np.ndarray]) -> tuple[float, float, float]:
-    """Trace of the averaged Hessian over that of all data at theta*: mean over runs and its 95 % interval."""
+    """Trace of the averaged Hessian over that of all data at theta*: mean over the runs that did not diverge and its
+    95 % interval; NaN without any."""
     before = stages.before(cloud.members[0], "curvature")
     whole = float(np.trace(stages.arrays(before[0])["hessian"]))
-    each = np.trace(found["mean_hessian"], axis1=1, axis2=2) / whole
+    each = np.trace(whole_runs(found), axis1=1, axis2=2) / whole
     if len(each) < 2:
-        return float(each[0]), float(each[0]), float(each[0])
+        only = float(each[0]) if len(each) else float("nan")
+        return only, only, only
     value, low, high = over_replicates(each)
     return float(value), float(low), float(high)
 

@@ -57,6 +57,8 @@ READS: dict[str, tuple[str, ...]] = {
     "statistics": (),
     "language": (),
 }
+# stage -> its number, raised when the same settings make something else or in another shape; 1 where not named
+SEMANTICS = {"hessians": 2}
 LANGUAGE = ("nanogpt",)  # models that stage language is for
 
 
@@ -164,7 +166,8 @@ class DiffusionSpec(StudySpec):
                 value = whole.get(block, {}).get(inner, {}) if inner else whole.get(block)
                 if value not in (None, {}):
                     out[key] = value
-        return out
+        raised = {stage: SEMANTICS[stage] for stage in (*_before(role), role) if stage in SEMANTICS}
+        return {**out, "semantics": raised} if raised else out
 
     def count(self, n: int, least: int = 1) -> int:
         """``n`` at this cell's scale."""

@@ -44,19 +44,25 @@ def of_torchvision(dataset: str, splits: tuple[str, str], wanted: Wanted) -> Dat
         hint = nearest(dataset, known)
         raise UserError("dataset.dataset", dataset, f"one of torchvision's {len(known)} datasets", hint=hint)
     make = getattr(library, dataset)
-    takes = inspect.signature(make).parameters
+    takes = _parameters(make)
     may = {"download": wanted.download} if "download" in takes else {}
+    if wanted.download and not may:
+        raise UserError("dataset.download", True, f"false: torchvision has no download of {dataset}")
+    if "train" not in takes:
+        _check_parts(splits)
     opened = []
     for part, split in zip((True, False), splits, strict=True):
         if "train" in takes:
             own = {"root": wanted.root, "train": part}
+            if "split" in takes:  # of EMNIST: both parts have several
+                own["split"] = split
         elif "split" in takes:
             own = {"root": wanted.root, "split": split}
         elif dataset == "ImageFolder":
             own = {"root": str(Path(wanted.root) / split)}
         else:
             raise UserError("dataset.dataset", dataset, "a dataset with a training and a test part, or ImageFolder")
-        opened.append(_opened(lambda own=own: make(**own, **may), wanted))
+        opened.append(_opened(lambda own=own: make(**own, **may), dataset, wanted))
     return _data(f"torchvision:{dataset}", opened, wanted)
 
 
@@ -67,6 +73,7 @@ def of_timm(dataset: str, splits: tuple[str, str], wanted: Wanted) -> Data:
         UserError: without the library, for a name it lacks, for files that are absent.
     """
     library = _library(TIMM, "timm.data")
+    _check_parts(splits)
 
     def make(split: str) -> Any:
         try:
@@ -75,7 +82,8 @@ def of_timm(dataset: str, splits: tuple[str, str], wanted: Wanted) -> Data:
             expected = f"a name of timm.data.create_dataset ({_first_line(error)})"
             raise UserError("dataset.dataset", dataset, expected) from None
 
-    return _data(f"timm:{dataset}", [_opened(lambda split=split: make(split), wanted) for split in splits], wanted)
+    opened = [_opened(lambda split=split: make(split), dataset, wanted) for split in splits]
+    return _data(f"timm:{dataset}", opened, wanted)
 
 
 def _library(name: str, module: str) -> Any:
@@ -85,9 +93,30 @@ def _library(name: str, module: str) -> Any:
         raise UserError("dataset", name, f"the vision extra: pip install 'descentlab[vision]' ({error})") from None
 
 
-def _opened(make: Any, wanted: Wanted) -> Any:
+def _parameters(make: Any) -> set[str]:
+    """What a class takes, also what it hands on to its bases as keywords."""
+    found: set[str] = set()
+    for base in inspect.getmro(make) if inspect.isclass(make) else (make,):
+        if base is object or (inspect.isclass(base) and "__init__" not in vars(base)):
+            continue
+        own = inspect.signature(base.__init__ if inspect.isclass(base) else base).parameters
+        found |= set(own)
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return found
+
+
+def _check_parts(splits: tuple[str, str]) -> None:
+    if splits[0] == splits[1]:
+        raise UserError("dataset.test", splits[1], "another part than dataset.train")
+
+
+def _opened(make: Any, dataset: str, wanted: Wanted) -> Any:
     try:
         return make()
+    except TypeError as error:
+        expected = f"a dataset that needs a folder and a part only ({_first_line(error)})"
+        raise UserError("dataset.dataset", dataset, expected) from None
     except (OSError, RuntimeError, ValueError) as error:
         said = _first_line(error)
         hint = "" if wanted.download else "dataset.download=true lets the library download it"
