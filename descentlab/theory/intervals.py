@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import, in every worker
 
 
 class Interval(NamedTuple):
@@ -28,8 +28,16 @@ def over_replicates(values: np.ndarray, level: float = 0.95) -> Interval:
     if len(values) < 2:
         raise ValueError(f"{len(values)} replicates: expected at least 2")
     mean = values.mean(0)
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(0, ddof=1) / math.sqrt(len(values))
+    half = special.stdtrit(len(values) - 1, (1 + level) / 2) * values.std(0, ddof=1) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
+
+
+def student_p(values: np.ndarray) -> np.ndarray:
+    """Two-sided p ``[m]`` of Student's test that the mean over rows ``[n, m]`` is zero; NaN where all are zero."""
+    n = len(values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = values.mean(0) / (values.std(0, ddof=1) / math.sqrt(n))
+    return np.asarray(2 * special.stdtr(n - 1, -np.abs(t)))
 
 
 def jackknife(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], level: float = 0.95) -> Interval:
@@ -46,7 +54,7 @@ def jackknife(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray],
     whole = values.mean(0)
     left = np.stack([statistic((r * whole - v) / (r - 1)) for v in values])
     value = r * np.asarray(statistic(whole)) - (r - 1) * left.mean(0)
-    half = stats.t.ppf((1 + level) / 2, r - 1) * np.sqrt((r - 1) / r * ((left - left.mean(0)) ** 2).sum(0))
+    half = special.stdtrit(r - 1, (1 + level) / 2) * np.sqrt((r - 1) / r * ((left - left.mean(0)) ** 2).sum(0))
     return Interval(value, value - half, value + half)
 
 
@@ -62,13 +70,13 @@ def variance_interval(variance: np.ndarray, runs: int, level: float = 0.95) -> I
     The Monte Carlo error bar of a cloud's variance in any direction; its relative size is about sqrt(2 / (n - 1)).
     """
     variance = np.asarray(variance, dtype=float)
-    low, high = (stats.chi2.ppf(p, runs - 1) for p in ((1 - level) / 2, (1 + level) / 2))
+    low, high = (2 * special.gammaincinv((runs - 1) / 2, p) for p in ((1 - level) / 2, (1 + level) / 2))
     return Interval(variance, (runs - 1) * variance / high, (runs - 1) * variance / low)
 
 
 def ratio_band(runs: int, level: float = 0.95) -> tuple[float, float]:
     """Where a measured variance over its true value lies with probability ``level``: chi2_(n-1) / (n - 1)."""
-    low, high = (stats.chi2.ppf(p, runs - 1) / (runs - 1) for p in ((1 - level) / 2, (1 + level) / 2))
+    low, high = (2 * special.gammaincinv((runs - 1) / 2, p) / (runs - 1) for p in ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 
@@ -114,7 +122,8 @@ def henze_zirkler(samples: np.ndarray) -> tuple[float, float]:
     )
     spread = math.sqrt(math.log1p(variance / mean**2))
     center = math.log(mean) - spread**2 / 2
-    return float(statistic), float(stats.lognorm.sf(statistic, spread, scale=math.exp(center)))
+    p = special.ndtr((center - math.log(statistic)) / spread) if statistic > 0 else 1.0
+    return float(statistic), float(p)
 
 
 class Gaussianity(NamedTuple):

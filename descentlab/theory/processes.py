@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from .intervals import Interval, jackknife, over_replicates, variance_interval
 
@@ -85,7 +85,7 @@ def tail_index(samples: np.ndarray, level: float = 0.95) -> Interval:
     heavy-tailed laws have no such line; see :func:`stable_misfit`. ValueError for fewer than 50 samples.
     """
     slope, error, _ = _regression(samples)
-    half = stats.norm.ppf((1 + level) / 2) * error
+    half = special.ndtri((1 + level) / 2) * error
     return Interval(*np.minimum([slope, slope - half, slope + half], 2.0))
 
 
@@ -115,4 +115,4 @@ def _regression(samples: np.ndarray) -> tuple[float, float, float]:
     slope = float(line @ heights)
     error = float((influence @ line).std(ddof=1)) / math.sqrt(n)
     bend, bend_error = float(curve @ heights), float((influence @ curve).std(ddof=1)) / math.sqrt(n)
-    return slope, error, float(2 * stats.norm.sf(abs(bend) / bend_error))
+    return slope, error, float(2 * special.ndtr(-abs(bend) / bend_error))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from ...report import Column, SummaryItem, TableBlock
 from ...theory.diffusion import mean_displacement
@@ -46,7 +46,7 @@ def items(score: Arrays, path: Arrays, curvature: Arrays) -> dict[str, SummaryIt
         text = "the same of linear theory: two gradient descents on the quadratic at theta*"
         out["control_ratio_predicted"] = plain_item(float(own @ other) / float(other @ other), 1, text)
     live = variance > max(1e-12 * variance.max(), float(score.get("rounding", 0.0)))
-    p = holm(2 * stats.norm.sf(np.abs(mean - gone)[live] / np.sqrt(variance[live] / n)))
+    p = holm(2 * special.ndtr(-np.abs(mean - gone)[live] / np.sqrt(variance[live] / n)))
     text = f"of {int(live.sum())} directions those whose mean differs from gradient descent's, Holm at {LEVEL:g}"
     out["control_differs"] = plain_item(float((p < LEVEL).sum()), n, text)
     return out

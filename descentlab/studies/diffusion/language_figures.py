@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
 from ...report import Column, SummaryItem, TableBlock
 from ...report.figures import COLOURS, DOUBLE, GREY, LINES, new_figure, styled
-from ...theory.intervals import holm, over_replicates
+from ...theory.intervals import holm, over_replicates, student_p
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +72,7 @@ def _p_values(found: Arrays) -> np.ndarray:
     apart = found["run_values"] - found["values"][-1]
     p, scattered = np.where(apart.mean(0) == 0, 1.0, 0.0), np.ptp(apart, axis=0) > 0
     if len(apart) > 1 and scattered.any():
-        p[scattered] = stats.ttest_1samp(apart[:, scattered], 0.0, axis=0).pvalue
+        p[scattered] = student_p(apart[:, scattered])
     return holm(p)
 
 

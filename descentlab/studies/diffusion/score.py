@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from ...report import SummaryItem
 from ...theory import diffusion
@@ -65,7 +65,7 @@ def score(arrays: Mapping[str, np.ndarray], which: str = "Vhat", ending: str = "
     a, b = along(v, vectors), along(predicted, vectors)
     live = b > max(FLAT * b.max(), float(arrays.get("rounding", 0.0)))
     ratio = a[live] / b[live]
-    limits = stats.chi2.ppf([0.025, 0.975], n - 1) / (n - 1)
+    limits = 2 * special.gammaincinv((n - 1) / 2, [0.025, 0.975]) / (n - 1)
     values = np.linalg.eigvalsh(predicted)
     places = np.flatnonzero(values > max(FLAT * values.max(), float(arrays.get("rounding", 0.0))))
     spectrum = diffusion.whitened_spectrum(v, predicted, places)
@@ -102,7 +102,7 @@ def jackknifed(value: float, groups: np.ndarray, of: Callable[[np.ndarray], floa
         return SummaryItem(value, n, None, None, what)
     each = np.array([of(g) for g in groups])
     spread = np.sqrt((len(each) - 1) / len(each) * ((each - each.mean()) ** 2).sum())
-    half = float(stats.t.ppf(0.975, len(each) - 1) * spread)
+    half = float(special.stdtrit(len(each) - 1, 0.975) * spread)
     return SummaryItem(value, n, value - half, value + half, f"{what}; jackknife over {len(each)} groups of runs, t")
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from ...theory import processes
 from ...theory.diffusion import _geometric
-from ...theory.intervals import Interval, gaussianity, holm, over_replicates
+from ...theory.intervals import Interval, gaussianity, holm, over_replicates, student_p
 
 LAGS = (0, 1, 2, 4, 8, 16, 32)
 TESTED = 2000  # runs that the test of Gaussianity takes at most: its cost grows with their square
@@ -70,7 +70,9 @@ def shape(ends: np.ndarray, steps_apart: np.ndarray) -> dict[str, np.ndarray]:
     ``…_misfit`` ``[k]``.
     """
     n = len(ends)
-    out = {"skewness": stats.skew(ends, axis=0), "kurtosis": stats.kurtosis(ends, axis=0)}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        centred = (ends - ends.mean(0)) / ends.std(0)
+    out = {"skewness": (centred**3).mean(0), "kurtosis": (centred**4).mean(0) - 3}
     if n > ends.shape[1] + 10:
         scaled = ends[:TESTED] / ends[:TESTED].std(axis=0)
         found = gaussianity(scaled)
@@ -126,7 +128,7 @@ def memory(series: np.ndarray, steps: np.ndarray, linear: Linear | None) -> dict
 
 def _p_values(values: np.ndarray) -> np.ndarray:
     """Two-sided p ``[m]`` of Student's test that the mean over rows ``[n, m]`` is zero."""
-    return np.asarray(stats.ttest_1samp(values, 0.0, axis=0).pvalue)
+    return student_p(values)
 
 
 def _factor(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -150,7 +152,7 @@ def temperatures(
     logs = np.log(found.value)
     spread = float(((logs - logs.mean()) ** 2).sum()) * (runs - 1) / 2
     out = {"temperature_directions": chosen, "temperature": _ends(found), "temperature_curvature": values[chosen]}
-    out["temperature_p"] = np.array(stats.chi2.sf(spread, len(chosen) - 1))
+    out["temperature_p"] = np.array(special.chdtrc(len(chosen) - 1, spread))
     if noise is not None:
         out["temperature_predicted"] = lr * noise[chosen] / 2
     return out
