@@ -157,12 +157,13 @@ def test_preempted_timed_out_and_killed_jobs_end_equal(place: Place) -> None:
     victim = wait_for(lambda: place.owner(killed), "the third job")
     os.kill(victim, signal.SIGKILL)
     met: set[int | None] = {None}
-    for times in (1, 2):
+    for _ in range(2):
         owner = wait_for(lambda: {place.owner(preempted)} - met, "the first job").pop()
         met.add(owner)
         wait_for(Path(f"{gate}.{owner}").exists, "its first update")
+        before = place.restarts(preempted)  # on a busy machine Slurm may have put it back once by itself
         place.ask("scancel", "--signal=USR2", preempted)
-        wait_for(lambda n=times: place.restarts(preempted) >= n, "its return to the queue")
+        wait_for(lambda n=before: place.restarts(preempted) > n, "its return to the queue")
         assert (place.block(preempted) / "checkpoint.pt").exists()
     wait_for(lambda: killed not in place.in_queue(), "the end of the killed job")
     shown = place.descentlab("status", "cluster").stdout
