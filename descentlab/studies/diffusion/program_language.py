@@ -36,13 +36,8 @@ def attention_maps(module: nn.Module, ids: Tensor) -> np.ndarray:
     found: list[Tensor] = []
 
     def look(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x, own = given[0], layer
-        length, width = x.shape[-2:]
-        split = own.qkv(x).unflatten(-1, (3, own.heads, width // own.heads))  # type: ignore[operator]
-        q, k, _ = (part.transpose(-3, -2) for part in split.unbind(-3))
-        scores = q @ k.transpose(-2, -1) / (width // own.heads) ** 0.5  # type: ignore[operator]
-        later = torch.ones(length, length, dtype=torch.bool).triu(1)
-        found.append(scores.masked_fill(later, -torch.inf).softmax(-1).mean(0))
+        assert isinstance(layer, Attention)
+        found.append(layer.weights(given[0])[0].mean(0))
 
     hooks = [m.register_forward_pre_hook(look) for m in module.modules() if isinstance(m, Attention)]
     try:

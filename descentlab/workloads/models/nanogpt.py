@@ -29,14 +29,18 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
         self.drop_out = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where every position looks, ``[B, heads, T, T]`` with a query in a row, and the values of the heads."""
         length, width = x.shape[-2:]
         split = self.qkv(x).unflatten(-1, (3, self.heads, width // self.heads))
         q, k, v = (part.transpose(-3, -2) for part in split.unbind(-3))
         scores = q @ k.transpose(-2, -1) / math.sqrt(width // self.heads)
         later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        weights = self.drop(scores.masked_fill(later, -math.inf).softmax(-1))
-        return self.drop_out(self.out((weights @ v).transpose(-3, -2).flatten(-2)))
+        return scores.masked_fill(later, -math.inf).softmax(-1), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, v = self.weights(x)
+        return self.drop_out(self.out((self.drop(weights) @ v).transpose(-3, -2).flatten(-2)))
 
 
 class Block(nn.Module):
