@@ -91,7 +91,8 @@ class Guard:
 
     def columns(self) -> dict[str, tuple[list[int], np.ndarray]]:
         """The alarms of this update as columns of the table: (members, values) each."""
-        alarms = list({alarm.member: alarm for alarm in self.alarms}.values())  # of several, what was found after
+        last = {alarm.member: alarm for alarm in self.alarms}  # of several, what was found after
+        alarms = [last[member] for member in sorted(last)]
         if not alarms:
             return {}
         members = [alarm.member for alarm in alarms]

@@ -64,6 +64,8 @@ class _Step:
         if name not in self.scheduled:
             return None
         members, found = self.scheduled[name]
+        if len(members) == len(self.rows.slots):  # they are in order: all of them
+            return self.rows.rows(found), None
         values, held = np.zeros(len(self.rows.slots), found.dtype), np.zeros(len(self.rows.slots), bool)
         values[members], held[members] = found, True
         return self.rows.rows(values), self.rows.rows(held)
@@ -148,6 +150,8 @@ class Recorder:
         return columns, hits
 
     def _note_diverged(self, columns: Mapping[str, pl.Series]) -> None:
+        if "rewound" not in columns and _all_finite(columns):
+            return
         bad = np.zeros(len(columns["run"]), bool)
         if "train_loss" in columns:
             bad |= ~np.isfinite(columns["train_loss"].fill_null(0.0).to_numpy()) & ~_mended(columns, len(bad))
@@ -164,6 +168,12 @@ class Recorder:
 
     def __len__(self) -> int:
         return self._rows
+
+
+def _all_finite(columns: Mapping[str, pl.Series]) -> bool:
+    """Whether no loss and no weight was anything else; one pass over each column. May be wrong in saying no."""
+    loss = columns["train_loss"].sum() if "train_loss" in columns else 0.0
+    return bool(np.isfinite(loss)) and not ("nonfinite_params" in columns and columns["nonfinite_params"].sum())
 
 
 def _mended(columns: Mapping[str, pl.Series], rows: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -27,13 +28,14 @@ class Usage:
         cpu_s, wall_s = time.process_time(), time.monotonic()
         percent = 100 * (cpu_s - self._cpu_s) / max(wall_s - self._wall_s, 1e-9)
         self._cpu_s, self._wall_s = cpu_s, wall_s
-        made = (columns["wall_s"] + (time.time() - now_s)) * 1000
+        made = columns["wall_s"].to_numpy() + (time.time() - now_s)
+        made *= 1000
         n = len(made)
         return {
             **columns,
-            "timestamp": made.cast(pl.Int64).cast(pl.Datetime("ms", "UTC")).alias("timestamp"),
-            "cpu_percent": pl.repeat(percent, n, dtype=pl.Float32, eager=True).alias("cpu_percent"),
-            "rss_mb": pl.repeat(resident_bytes() / 2**20, n, dtype=pl.Float32, eager=True).alias("rss_mb"),
+            "timestamp": pl.Series("timestamp", made.astype(np.int64)).cast(pl.Datetime("ms", "UTC")),
+            "cpu_percent": pl.Series("cpu_percent", np.full(n, percent, np.float32)),
+            "rss_mb": pl.Series("rss_mb", np.full(n, resident_bytes() / 2**20, np.float32)),
         }
 
 
