@@ -9,9 +9,10 @@ types of one replicate hit at the same step, so the 18 faulted runs and their tw
   processes, against ``run_case`` of the minimal loop for every planned fault: train to the fault, fork a twin, train
   both (alone.py; one process, its start not counted, a sample scaled to all updates). ``vs_loop_mlp_same_steps``:
   against a loop that shares prefixes and twins as descentlab does, so that only the speed of an update counts.
-- ``shared_prefix_vs_scratch``: the BatchNorm network with faults late in training (``settings``), 18 types from one
-  prefix, over the same with every run trained from its first step and one twin. From scratch three of the types are
-  trained, and the time is scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
+- ``shared_prefix_vs_scratch``: the BatchNorm network with faults late in training (``settings``) and the four
+  optimizers, with ``--quick`` one: 18 types from one prefix, over the same with every run trained from its first step
+  and one twin. From scratch three of the types and a quarter of the replicates are trained, in blocks as large, and the
+  time is scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
 - ``slope``: of the logarithm of processor seconds (planning, training, table; one process) against the logarithm of
   the number of runs, MLP-386, in blocks of 108 runs (three replicates).
 
@@ -35,19 +36,19 @@ FAULTS = (
     "N64_INPUT,N64_WT,N64_INPUT_16,N64_WT_16,N64_INPUT_GLB,N64_WT_GLB"
 )
 REPLICATES = (12, 24, 48, 96)  # for the slope: 4 to 32 blocks; of fewer, planning is a good part of the cost
-FULL_LATE = ["cases=12", "fault.step=600", "recovery_steps=20"]  # two blocks with a shared prefix and without
-QUICK_LATE = ["cases=4", "fault.step=600", "recovery_steps=10", "processes=1"]
+FULL_LATE = ["fault.step=600", "recovery_steps=20"]
+QUICK_LATE = ["optimizer=adam", "fault.step=600", "recovery_steps=10", "processes=1"]
 SHORT = ["model=mlp", "optimizer=adam", f"fault={FAULTS}", "fault.step=10", "recovery_steps=20"]
 
 
 def studies(quick: bool) -> dict[str, list[str]]:
     """Name -> settings of every study that is timed."""
-    late = ["optimizer=adam", *(QUICK_LATE if quick else FULL_LATE)]
+    late, cases = (QUICK_LATE, (4, 4)) if quick else (FULL_LATE, (12, 3))  # two blocks each in full
     types = f"fault={FAULTS}"
     return {
         "mlp": ["model=mlp", types, *(["optimizer=adam", "cases=12"] if quick else ["cases=20"])],
-        "shared": [*late, types],
-        "scratch": [*late, "fault=INPUT,WT,RD", "share_prefix=false"],
+        "shared": [*late, types, f"cases={cases[0]}"],
+        "scratch": [*late, "fault=INPUT,WT,RD", "share_prefix=false", f"cases={cases[1]}"],
     }
 
 

@@ -16,9 +16,9 @@ descentlab:
   first step, one after the other, over descentlab's whole command.
 - ``shared_prefix_vs_scratch``: ``training`` of six types of fault that hit at the same late step, with the fault-free
   prefix trained once for all and their twin, over the same with every run trained from its first step
-  (``share_prefix=false``) and one twin. From scratch three of the types are trained, as many members side by side as
-  the six and their twin would be, and the time is scaled to all member-steps. Reports are not written. Both keep two
-  processes busy, with ``--quick`` one.
+  (``share_prefix=false``) and one twin, under the four optimizers of the default study. From scratch three of the
+  types are trained, with ``--quick`` for a third of the cases, and the time is scaled to all member-steps. Reports are
+  not written. Both keep two processes busy, with ``--quick`` one.
 - ``default_prefix_vs_scratch``: the same for the default study, whose only fork is that of a run and its twin. It
   follows from counting steps; nothing is timed.
 
@@ -38,17 +38,17 @@ from alone import Baseline, command, from_scratch, member_steps, train, train_to
 from common import alternate, emit, median_ratio, spread
 
 FAULTS = "RD,N16_RD,RBFLIP,WT,INPUT,ZERO"
-FULL_LATE = ["cases=24", "fault.step=600", "recovery_steps=40"]
-QUICK_LATE = ["cases=12", "fault.step=300", "recovery_steps=15"]
+LATE = ["fault.step=600", "recovery_steps=40"]
 SCRATCH = "RD,N16_RD,RBFLIP"  # six runs and one twin would be 7 members per case; three types and their twins are 6
 
 
 def studies(quick: bool) -> dict[str, list[str]]:
     """Name -> settings of every study that is timed."""
     small = ["cases=2", "optimizer=adam,sgd"] if quick else []
-    late = ["optimizer=adam", *(QUICK_LATE if quick else FULL_LATE)]
+    cases = (3, 1) if quick else (6, 6)
     found = {"mlp": ["model=mlp"], "cnn": small}
-    found |= {"shared": [*late, f"fault={FAULTS}"], "scratch": [*late, f"fault={SCRATCH}", "share_prefix=false"]}
+    found["shared"] = [*LATE, f"fault={FAULTS}", f"cases={cases[0]}"]
+    found["scratch"] = [*LATE, f"fault={SCRATCH}", "share_prefix=false", f"cases={cases[1]}"]
     return found if quick else {**found, "mlp_many": ["model=mlp", "cases=400"]}
 
 

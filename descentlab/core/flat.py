@@ -76,6 +76,16 @@ def split(base: Tensor, like: Mapping[str, Tensor]) -> Tree:
     return made
 
 
+def gradients_like(params: Mapping[str, Tensor], spent: Mapping[str, Tensor] | None) -> Tree:
+    """Room for a gradient, side by side: ``spent``, one that nobody needs any more, where it fits, else new."""
+    first = next(iter(params.values()))
+    if spent is not None and [(k, t.shape) for k, t in spent.items()] == [(k, t.shape) for k, t in params.items()]:
+        base = base_of(spent)
+        if base is not None and base.dtype == first.dtype and base.device == first.device:
+            return dict(spent)
+    return split(first.new_empty(len(first), sum(math.prod(p.shape[1:]) for p in params.values())), params)
+
+
 def joined(tree: Mapping[str, Tensor]) -> Tensor:
     """All tensors ``[M, …]`` as one ``[M, P]``; a copy only where they do not lie side by side."""
     base = base_of(tree)

@@ -26,8 +26,11 @@ def member_norms(tree: Mapping[str, Any], minus: Mapping[str, Any] | None = None
     1e30 does not overflow), and the number of NaN and infinite elements of ``tree``, int64 ``[M]``."""
     tensors = list(leaves(tree))
     others = list(leaves(minus)) if minus is not None else None
-    if (compiled := _compiled([*tensors, *(others or [])])) is not None:
-        return compiled.norms(tensors, others)
+    here, there = _rows(tensors), _rows(others) if others is not None else None
+    if here is not None and (others is None or (there is not None and others[0].dtype == tensors[0].dtype)):
+        compiled = compiled_stats(tensors[0].dtype)
+        assert compiled is not None
+        return compiled.norms(here, there)
     changes = [t - o for t, o in zip(tensors, others, strict=True)] if others is not None else tensors
     norms = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in changes]
     nonfinite = torch.stack([(~torch.isfinite(t)).flatten(1).sum(dim=1) for t in tensors]).sum(dim=0)
@@ -47,16 +50,26 @@ def member_nonfinite(tree: Mapping[str, Any]) -> Tensor:
 def member_max_abs(tree: Mapping[str, Any]) -> Tensor:
     """Largest absolute value over all leaves, per member: float64 ``[M]``; NaN wins, so it is never hidden."""
     tensors = list(leaves(tree))
-    if (compiled := _compiled(tensors)) is not None:
-        return compiled.largest(tensors)
+    if (rows := _rows(tensors)) is not None:
+        compiled = compiled_stats(tensors[0].dtype)
+        assert compiled is not None
+        return compiled.largest(rows)
     return torch.stack([t.flatten(1).abs().amax(dim=1).double() for t in tensors]).amax(dim=0)
 
 
-def _compiled(tensors: Sequence[Tensor]) -> _Stats | None:
-    dtype = tensors[0].dtype
-    if not enabled() or dtype not in TYPES or any(t.dtype != dtype or t.device.type != "cpu" for t in tensors):
+_held = Held()  # weights, slots and what they were before are the same tensors for long
+
+
+def _rows(tensors: Sequence[Tensor]) -> Rows | None:
+    """As arguments of the compiled functions; None where torch has to do it."""
+    if not enabled():
         return None
-    return compiled_stats(dtype)
+    if (known := _held.known(tensors)) is not None:
+        return known
+    dtype = tensors[0].dtype
+    if dtype not in TYPES or any(t.dtype != dtype or t.device.type != "cpu" for t in tensors):
+        return None
+    return _held.rows(tensors) if compiled_stats(dtype) is not None else None
 
 
 @functools.cache
@@ -72,23 +85,21 @@ class _Stats:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._norms, self._largest = loaded.norms, loaded.largest
         self._norms.restype = self._largest.restype = None
-        self._after, self._before, self._slots = Held(), Held(), Held()  # weights are the same tensors for long
 
-    def norms(self, tensors: Sequence[Tensor], minus: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-        members, held = len(tensors[0]), (Rows(tensors) if minus is None else self._after.rows(tensors))
-        others = self._before.rows(minus) if minus is not None else None
+    def norms(self, held: Rows, minus: Rows | None) -> tuple[Tensor, Tensor]:
+        members = len(held.tensors[0])
         norm, nonfinite = torch.empty(members, dtype=torch.float64), torch.empty(members, dtype=torch.int64)
-        to = (others.strides, others.addresses) if others is not None else (None, None)
+        to = (minus.strides, minus.addresses) if minus is not None else (None, None)
         sizes = held.sizes
         self._norms(
             ctypes.c_int64(members), len(sizes), sizes, held.strides, held.addresses, *to, _at(norm), _at(nonfinite)
         )
         return norm, nonfinite
 
-    def largest(self, tensors: Sequence[Tensor]) -> Tensor:
-        members, held = len(tensors[0]), self._slots.rows(tensors)
-        top = torch.empty(members, dtype=torch.float64)
-        self._largest(ctypes.c_int64(members), len(held.sizes), held.sizes, held.strides, held.addresses, _at(top))
+    def largest(self, held: Rows) -> Tensor:
+        top = torch.empty(len(held.tensors[0]), dtype=torch.float64)
+        sizes = held.sizes
+        self._largest(ctypes.c_int64(len(top)), len(sizes), sizes, held.strides, held.addresses, _at(top))
         return top
 
 

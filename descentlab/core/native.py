@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from pathlib import Path
 
 import torch
@@ -104,11 +105,6 @@ def library(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
 
 
-def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
-    """The addresses of contiguous tensors as an argument of a C function."""
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-
-
 class Rows:
     """Stacked tensors ``[M, …]`` as arguments of a C function that steps from member to member by ``strides``.
 
@@ -118,8 +114,13 @@ class Rows:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = [t if _rowwise(t) else t.contiguous() for t in tensors]
-        self.addresses = pointers(self.tensors)
+        self._at = [t.data_ptr() for t in self.tensors]
+        self.addresses = (ctypes.c_void_p * len(self._at))(*self._at)
         self.strides = (ctypes.c_int64 * len(self.tensors))(*(t.stride(0) for t in self.tensors))
+
+    def in_place(self) -> bool:
+        """Whether the tensors are still where they were (``t.data = …`` moves one)."""
+        return [t.data_ptr() for t in self.tensors] == self._at
 
     @functools.cached_property
     def sizes(self) -> ctypes.Array:
@@ -127,27 +128,34 @@ class Rows:
         return (ctypes.c_int64 * len(self.tensors))(*(math.prod(t.shape[1:]) for t in self.tensors))
 
 
+KEPT_LISTS = 7
 KEPT_ELEMENTS = 2**20  # tensors of more elements are not kept alive for the next call: finding them is nothing there
 
 
 class Held:
-    """The :class:`Rows` of tensors that are mostly the same objects from call to call."""
+    """The :class:`Rows` of the last few lists of tensors: mostly the same objects come again."""
 
     def __init__(self) -> None:
-        self._given: list[Tensor] = []
-        self._rows: Rows | None = None
+        self._kept: list[tuple[list[Tensor], Rows]] = []
+
+    def known(self, tensors: Sequence[Tensor]) -> Rows | None:
+        """Those that were asked for before."""
+        for given, rows in self._kept:
+            if len(given) == len(tensors) and all(map(is_, given, tensors)) and rows.in_place():
+                return rows
+        return None
 
     def rows(self, tensors: Sequence[Tensor]) -> Rows:
         """As ``Rows(tensors)``; copies are never kept, their originals may have changed."""
-        same = len(tensors) == len(self._given) and all(a is b for a, b in zip(tensors, self._given, strict=True))
-        if self._rows is None or not same:
-            made = Rows(tensors)
-            copied = any(a is not b for a, b in zip(tensors, made.tensors, strict=True))
-            if copied or sum(t.numel() for t in tensors) > KEPT_ELEMENTS:
-                self._given, self._rows = [], None
-                return made
-            self._given, self._rows = list(tensors), made
-        return self._rows
+        if (known := self.known(tensors)) is not None:
+            return known
+        made = Rows(tensors)
+        copied = any(a is not b for a, b in zip(tensors, made.tensors, strict=True))
+        first = tensors[0] if tensors else None
+        self._kept = [(g, r) for g, r in self._kept if g[0] is not first][:KEPT_LISTS]
+        if tensors and not copied and sum(t.numel() for t in tensors) <= KEPT_ELEMENTS:
+            self._kept.insert(0, (list(tensors), made))
+        return made
 
 
 def _rowwise(t: Tensor) -> bool:

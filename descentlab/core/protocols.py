@@ -63,7 +63,11 @@ class Grads:
 
 
 class Work(Protocol):
-    """The worker half of a step: gradients at the weights of ``view`` on ``batch``; changes nothing in ``view``."""
+    """The worker half of a step: gradients at the weights of ``view`` on ``batch``; changes nothing in ``view``.
+
+    One with an attribute ``reuses`` takes a fourth argument, the result of an earlier call that nobody needs any more,
+    and may write over it.
+    """
 
     def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads: ...
 

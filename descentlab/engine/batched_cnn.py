@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.flat import split
-from ..core.native import TYPES, Rows, enabled, library
+from ..core.flat import gradients_like
+from ..core.native import TYPES, Held, enabled, library
 from ..core.opmode import Ops
 from ..core.protocols import Batch, Grads, Selection, Work
 from ..core.state import State
@@ -131,6 +131,14 @@ def cnn_kernel(dtype: torch.dtype) -> CnnKernel | None:
     return CnnKernel(loaded) if loaded is not None else None
 
 
+@functools.cache
+def _arguments(net: Convolutions) -> tuple[Any, ...]:
+    """What every compiled function is told of the network."""
+    numbers = [n for layer in net.shape for n in layer]
+    shape = (ctypes.c_int32 * len(numbers))(*numbers)
+    return len(net.shape), shape, net.kernel, net.stride, net.pad, net.classes, int(net.normed)
+
+
 class CnnKernel:
     """The functions of one compiled library."""
 
@@ -139,6 +147,7 @@ class CnnKernel:
         self._step.restype = self._evaluate.restype = None
         self._vectors.restype = ctypes.c_int64
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._held = Held()
 
     def step(
         self, net: Convolutions, params: Tree, stats: Tree, x: Tensor, y: Tensor, index: Tensor, grads: Tree
@@ -152,15 +161,15 @@ class CnnKernel:
             raise IndexError(f"sample indices must be in [0, {len(x)})")
         members, batch = index.shape
         x, y, index = x.contiguous(), y.contiguous(), index.contiguous()
-        made = [grads[n] for n in net.params]
-        held, written, kept = Rows([params[n] for n in net.params]), Rows(made), Rows([*stats.values()])
+        made, rows = [grads[n] for n in net.params], self._held.rows
+        held, written, kept = rows([params[n] for n in net.params]), rows(made), rows([*stats.values()])
         if any(a is not b for a, b in zip(written.tensors, made, strict=True)):
             raise ValueError("gradients of a member that are not contiguous")
         loss, accuracy = x.new_empty(members), x.new_empty(members)
         self._step(
             members,
             batch,
-            *self._shape(net),
+            *_arguments(net),
             ctypes.c_double(net.eps),
             ctypes.c_double(net.momentum),
             *(_at(t) for t in (x, y, index)),
@@ -182,7 +191,7 @@ class CnnKernel:
         """Mean loss and accuracy ``[M]`` on all of ``x`` ``[n, …]``, ``y`` ``[n]``, with the running statistics.
         ``only``: of these members alone, ``[len(only)]``."""
         x, y = x.contiguous(), y.contiguous()
-        held, kept = Rows([params[n] for n in net.params]), Rows([*stats.values()])
+        held, kept = self._held.rows([params[n] for n in net.params]), self._held.rows([*stats.values()])
         there = len(held.tensors[0])
         members = there if only is None else len(only)
         loss, accuracy = (torch.empty(members, dtype=torch.float64) for _ in range(2))
@@ -191,7 +200,7 @@ class CnnKernel:
             places(only, there),
             ctypes.c_int64(len(x)),
             EVALUATED_AT_ONCE,
-            *self._shape(net),
+            *_arguments(net),
             ctypes.c_double(net.eps),
             *(_at(t) for t in (x, y)),
             held.addresses,
@@ -204,14 +213,9 @@ class CnnKernel:
         )
         return loss.to(x.dtype), accuracy.to(x.dtype)
 
-    def _shape(self, net: Convolutions) -> tuple[Any, ...]:
-        numbers = [n for layer in net.shape for n in layer]
-        shape = (ctypes.c_int32 * len(numbers))(*numbers)
-        return len(net.shape), shape, net.kernel, net.stride, net.pad, net.classes, int(net.normed)
-
     def _room(self, net: Convolutions, batch: int) -> int:
         """Address of enough scratch, a multiple of 64."""
-        layers, shape = self._shape(net)[:2]
+        layers, shape = _arguments(net)[:2]
         size = 64 * self._vectors(batch, layers, shape, net.classes) + 64
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
@@ -222,12 +226,22 @@ def _at(t: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(t.data_ptr())
 
 
+def _copied(buffers: Tree, to: Tree) -> Tree:
+    """A copy, in ``to`` where that fits."""
+    if [(k, b.shape) for k, b in buffers.items()] != [(k, b.shape) for k, b in to.items()]:
+        return clone(buffers)
+    torch._foreach_copy_(list(to.values()), list(buffers.values()))
+    return to
+
+
 class BatchedCnn:
     """The worker half of a step (the ``Work`` protocol) for a small convolutional network with a cross-entropy loss.
 
     Where the compiled code cannot be had (no compiler, another device or type), ``worker`` and ``evaluator`` do what
     they are named after.
     """
+
+    reuses = True
 
     def __init__(self, net: Convolutions, worker: Work, evaluator: Work) -> None:
         self.net, self.worker, self.evaluator = net, worker, evaluator
@@ -245,7 +259,7 @@ class BatchedCnn:
         return self._native(batch.source[0]) is not None
 
     @torch.no_grad()
-    def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads:
+    def work(self, view: State, batch: Batch, ops: Ops | None = None, spent: Grads | None = None) -> Grads:
         """See :class:`~descentlab.core.protocols.Work`."""
         if ops is not None and (ops.edits or ops.masks):
             raise ValueError("edits run on the single-member path, and this network has no dropout")
@@ -260,13 +274,12 @@ class BatchedCnn:
             x, y = batch.x.flatten(0, 1), batch.y.flatten()
             index = torch.arange(len(y)).view(batch.y.shape)
         params = view.params
-        first = next(iter(params.values()))
-        grads = split(first.new_empty(len(first), sum(math.prod(p.shape[1:]) for p in params.values())), params)
-        buffers = clone(view.buffers)
+        grads = gradients_like(params, spent.grads if spent is not None else None)
+        buffers = _copied(view.buffers, spent.buffers if spent is not None else {})
         stats = {name: buffers[name] for name in self.net.stats}
         loss, accuracy = native.step(self.net, params, stats, x.flatten(1), y, index, grads)
-        for name in self.net.counts:
-            buffers[name] += 1
+        if self.net.counts:
+            torch._foreach_add_([buffers[name] for name in self.net.counts], 1)
         return Grads(grads, buffers, loss, accuracy)
 
     @torch.no_grad()

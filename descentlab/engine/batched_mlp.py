@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.flat import split
+from ..core.flat import gradients_like
 from ..core.native import TYPES, enabled
 from ..core.opmode import Ops
 from ..core.protocols import Batch, Grads, Selection
@@ -91,6 +91,7 @@ COMPILED_WEIGHTS = 2**17  # of one member; beyond, its weights leave the cache a
 class BatchedMlp:
     """The worker half of a step (the ``Work`` protocol) for a plain MLP with a cross-entropy loss, on any device."""
 
+    reuses = True
     EVALUATE_ELEMENTS = 2**22  # members x samples x widest layer evaluated at once, as a bound on memory
 
     def __init__(self, layers: list[Layer]) -> None:
@@ -109,13 +110,13 @@ class BatchedMlp:
         return inputs, outputs
 
     @torch.no_grad()
-    def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads:
+    def work(self, view: State, batch: Batch, ops: Ops | None = None, spent: Grads | None = None) -> Grads:
         """See :class:`~descentlab.core.protocols.Work`; nothing can be edited or masked here."""
         if ops is not None and (ops.edits or ops.masks):
             raise ValueError("edits run on the single-member path, and a plain MLP has no dropout")
         native = self._native(batch.source[0], view.params) if isinstance(batch, Selection) else None
         if native is not None and isinstance(batch, Selection):
-            return self._compiled(native, view.params, batch)
+            return self._compiled(native, view.params, batch, spent)
         params, x, y = view.params, batch.x.flatten(2), batch.y.unsqueeze(1)
         inputs, outputs = self._forward(params, x.mT)
         loss, accuracy, g = _cross_entropy(outputs[-1], y)
@@ -142,11 +143,9 @@ class BatchedMlp:
         """Whether :meth:`work` takes one member after the other into tensors of its own making."""
         return isinstance(batch, Selection) and self._native(batch.source[0], view.params) is not None
 
-    def _compiled(self, native: Kernel, params: Tree, batch: Selection) -> Grads:
+    def _compiled(self, native: Kernel, params: Tree, batch: Selection, spent: Grads | None) -> Grads:
         x, y = batch.source
-        first = next(iter(params.values()))
-        per_member = sum(math.prod(p.shape[1:]) for p in params.values())
-        grads = split(first.new_empty(len(first), per_member), params)
+        grads = gradients_like(params, spent.grads if spent is not None else None)
         names = [*(layer.weight for layer in self.layers), *(layer.bias for layer in self.layers)]
         made = [grads[name] for name in names]
         loss, accuracy = native.step(*self._network(params), x.flatten(1), y, batch.index, made)

@@ -63,6 +63,10 @@ class Engine(ABC):
         self.hits, self.events = Hits(self.parts, self.recorder), Events(self.parts, self.recorder)
         self.measuring, self.exchanging = Measuring(self.parts, self.recorder), Exchanging(self.parts)
         self.guard = Guard(self.parts.arm) if self.parts.arm is not None else None
+        others = self.guard, self.parts.staleness_rule, self.parts.rank_policy  # might keep a gradient
+        alone = self.exchanging.idle and all(other is None for other in others)
+        self._reuses = alone and bool(getattr(self.parts.many, "reuses", False))
+        self._spent: Grads | None = None  # of the last update, where nobody can need it
         self.slots = self._planned(max(self.step - 1, 0))  # as they were when the state was saved
         if self.state is None:
             self.state = self.initial_state()
@@ -99,6 +103,7 @@ class Engine(ABC):
         self.replicates = np.array([slot.replicate for slot in slots], dtype=np.int64)
         self._base_rates = [(slot.variant, slot.lr) for slot in slots]
         self._distinct_rates = set(self._base_rates)
+        self._rated: tuple[dict[tuple[int, float], float], Tensor] | None = None
         if len(self.parts.schedules) > 1:
             self.parts.optimizer.assign([slot.variant for slot in slots])
         self.measuring.bind(slots)
@@ -169,7 +174,7 @@ class Engine(ABC):
     def beside(self, slots: tuple[Slot, ...], state: State, step: int, recorder: Recorder) -> Engine:
         """This engine with other members at another step, on the same parts; what :class:`Guard` repeats steps with."""
         other = copy.copy(self)
-        other.recorder, other.state, other.step = recorder, state, step
+        other.recorder, other.state, other.step, other._spent = recorder, state, step, None
         other.exchanging = Exchanging(self.parts)
         other.hits, other.events = Hits(self.parts, recorder), Events(self.parts, recorder)
         other.measuring, other.slots = Measuring(self.parts, recorder), slots
@@ -208,6 +213,8 @@ class Engine(ABC):
         elif guard is not None and guard.alarms:
             self.measuring.record_alarms(self.step, measured, guard.columns())
         self.step += 1
+        if self._reuses and len(contributions) == 1:
+            self._spent = contributions[0]
         if guard is not None:
             guard.rewind(self)
         members = self.slots
@@ -218,7 +225,10 @@ class Engine(ABC):
         steps = self.state.clock["step"].tolist()
         if steps.count(steps[0]) == len(steps):  # the usual case: all members are at the same step
             same = {who: self.parts.schedules[who[0]](who[1], steps[0]) for who in self._distinct_rates}
-            return torch.tensor([same[who] for who in self._base_rates], dtype=torch.float64)
+            if self._rated is None or self._rated[0] != same:
+                found = torch.tensor([same[who] for who in self._base_rates], dtype=torch.float64)
+                self._rated = same, found
+            return self._rated[1].clone()  # events may change it
         asked = list(zip(self._base_rates, steps, strict=True))
         rates = {who: self.parts.schedules[who[0][0]](who[0][1], who[1]) for who in set(asked)}
         return torch.tensor([rates[who] for who in asked], dtype=torch.float64)
@@ -241,7 +251,9 @@ class Engine(ABC):
         if due or batch is not selection:
             result = self.hits.work(self.slots, self.step, view, batch, masks, due)
         else:
-            result = self.parts.many.work(view, batch, Ops(masks=masks) if masks else None)
+            ops, (spent, self._spent) = Ops(masks=masks) if masks else None, (self._spent, None)
+            work = self.parts.many.work
+            result = work(view, batch, ops) if spent is None else work(view, batch, ops, spent)  # type: ignore[call-arg]
         self.events.after_work(state, self.step, result, workers)
         return result
 
@@ -291,7 +303,8 @@ class Engine(ABC):
         """Workers keep their own BatchNorm buffers; the server's are their average, used for evaluation."""
         state = self.state
         if "buffers" not in state.worker:
-            tree_map(lambda t, new: t.copy_(new), state.buffers, buffers[0])
+            if state.buffers:
+                torch._foreach_copy_(list(state.buffers.values()), [buffers[0][name] for name in state.buffers])
             return
         rows = torch.arange(len(self.slots))
         for k, new in enumerate(buffers):
@@ -304,7 +317,11 @@ class Engine(ABC):
 
     def _advance(self, now: Round) -> None:
         clock, k = self.state.clock, now.workers.shape[1]
-        self.state.worker["cursor"].numpy()[np.arange(len(now.workers))[:, None], now.workers] += 1
+        cursor = self.state.worker["cursor"].numpy()
+        if cursor.shape[1] == 1:
+            cursor += 1
+        else:
+            cursor[np.arange(len(now.workers))[:, None], now.workers] += 1
         held = {name: t.numpy() for name, t in clock.items()}  # the same memory, cheaper operations
         held["step"] += 1
         held["samples"] += k * self.parts.sampler.batch_size

@@ -54,7 +54,7 @@ class Kernel:
             raise IndexError(f"sample indices must be in [0, {len(x)})")
         members, batch = index.shape
         x, y, index, layers = x.contiguous(), y.contiguous(), index.contiguous(), len(weights)
-        held, made = self._held.rows([*weights, *biases]), Rows(grads)
+        held, made = self._held.rows([*weights, *biases]), self._held.rows(grads)
         if any(a is not b for a, b in zip(made.tensors, grads, strict=True)):
             raise ValueError("gradients of a member that are not contiguous")
         loss, accuracy = x.new_empty(members), x.new_empty(members)

@@ -226,13 +226,14 @@ def split_from(operations: Sequence[OpRecord], alone: bool) -> int:
 
 def pack(units: Sequence[list[RunPlan]], most: int, split: int = SPLIT_FROM) -> list[list[RunPlan]]:
     """Units in their order as evenly filled blocks of at most ``most`` runs (a larger unit is a block of its own); two
-    at least from ``split`` runs on."""
+    at least from ``split`` runs on. A unit goes where the larger half of it has room."""
     total = sum(len(unit) for unit in units)
     count = max(math.ceil(total / most), 2 if total >= split else 1)
     target = min(most, math.ceil(total / count))
     packed: list[list[RunPlan]] = []
     for unit in units:
-        if packed and len(packed[-1]) + len(unit) <= target:
+        held = len(packed[-1]) if packed else most
+        if held + len(unit) / 2 <= target and held + len(unit) <= most:
             packed[-1] += unit
         else:
             packed.append(list(unit))

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ...core.footprint import footprint
 from ...core.tree import Tree
-from ...observe.curvature import hessian, top_k
+from ...observe.curvature import ROWS, hessian, top_k
 from ...observe.layered import recognise
 from ...observe.spectrum import spectral_density
 from .spec import HessianRun
 
-ELEMENTS = 2**27  # numbers kept for the rows of a Hessian at once by the general route: 1 GB
+ELEMENTS = 2**23  # numbers kept for the rows of a Hessian at once by the general route
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -31,13 +31,12 @@ def set_weights(module: nn.Module, theta: np.ndarray) -> None:
 def dense_hessian(module: nn.Module, loss: Loss, data: tuple[Tensor, Tensor]) -> np.ndarray:
     """The Hessian ``[D, D]`` of the mean loss over ``data``, float64, of a model whose samples do not mix.
 
-    A plain network takes all samples at once; any other so many that what is kept for all rows fits into memory.
+    A plain network takes all samples at once; any other so many that what is kept for them hardly leaves the cache.
     """
     x, y = data
     if recognise(module) is not None:
         return hessian(module, loss, (x, y)).numpy(force=True)
-    rows = sum(p.numel() for p in module.parameters())
-    at_once = max(1, ELEMENTS // (rows * max(1, footprint(module, x).kept)))
+    at_once = max(1, ELEMENTS // (ROWS * max(1, footprint(module, x).kept)))
     parts = [(x[i : i + at_once], y[i : i + at_once]) for i in range(0, len(x), at_once)]
     return hessian(module, loss, parts).numpy(force=True)
 
