@@ -228,7 +228,7 @@ def _at(t: Tensor) -> ctypes.c_void_p:
 
 def _copied(buffers: Tree, to: Tree) -> Tree:
     """A copy, in ``to`` where that fits."""
-    if [(k, b.shape) for k, b in buffers.items()] != [(k, b.shape) for k, b in to.items()]:
+    if not to or [(k, b.shape) for k, b in buffers.items()] != [(k, b.shape) for k, b in to.items()]:
         return clone(buffers)
     torch._foreach_copy_(list(to.values()), list(buffers.values()))
     return to

@@ -173,7 +173,7 @@ class Recorder:
 def _all_finite(columns: Mapping[str, pl.Series]) -> bool:
     """Whether no loss and no weight was anything else; one pass over each column. May be wrong in saying no."""
     loss = columns["train_loss"].sum() if "train_loss" in columns else 0.0
-    return bool(np.isfinite(loss)) and not ("nonfinite_params" in columns and columns["nonfinite_params"].sum())
+    return bool(np.isfinite(float(loss))) and not ("nonfinite_params" in columns and columns["nonfinite_params"].sum())
 
 
 def _mended(columns: Mapping[str, pl.Series], rows: int) -> np.ndarray:
