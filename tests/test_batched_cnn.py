@@ -68,6 +68,24 @@ def test_gradients_buffers_and_scores_are_autograds(dtype: str, batch_norm: bool
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_result_that_nobody_needs_is_written_over(batch_norm: bool) -> None:
+    """The same numbers in the same memory; one of other members, or of single-member work, is left alone."""
+    many, single, state, batch = made("float32", batch_norm, (8, 16, 16))
+    spent = many.work(state, batch)
+    expected = many.work(state, batch.take([1, 0, 2]))
+    places = {n: g.data_ptr() for n, g in {**spent.grads, **spent.buffers}.items()}
+    again = many.work(state, batch.take([1, 0, 2]), None, spent)
+    assert {n: g.data_ptr() for n, g in {**again.grads, **again.buffers}.items()} == places
+    for other in (single.work(state, batch), many.work(state.take([0]), batch.take([0]))):
+        before = [g.clone() for g in other.grads.values()]
+        found = many.work(state, batch.take([1, 0, 2]), None, other)
+        assert all(torch.equal(a, b) for a, b in zip(before, other.grads.values(), strict=True))
+        for result in (found, again):
+            for name, g in {**expected.grads, **expected.buffers}.items():
+                assert torch.equal({**result.grads, **result.buffers}[name], g), name
+
+
 def test_a_variance_of_one_value_is_refused_as_by_torch() -> None:
     """Not NaN in the running variance."""
     many, *_ = made("float32", True, (8, 16, 16))

@@ -50,6 +50,22 @@ def test_against_numpy(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("route")
+def test_the_same_tensors_with_other_numbers_in_another_place_or_with_other_neighbours() -> None:
+    """Addresses of tensors that were seen before are remembered. Fails without the look at where they are now."""
+    held, other = tree(torch.float32, 0), tree(torch.float32, 1)
+    for _ in range(2):
+        member_norms(held, other), member_max_abs(held)
+    held["0"].mul_(3)
+    held["2"].data = torch.full((MEMBERS, 40), 2.0)
+    a, b = flat(held), flat(other)
+    change = (a - b).astype(np.float64)
+    np.testing.assert_allclose(member_norms(held, other)[0].numpy(), np.linalg.norm(change, axis=1), rtol=1e-14)
+    assert member_max_abs(held).tolist() == np.abs(a).max(1).astype(np.float64).tolist()
+    del held["3"]
+    assert member_max_abs(held).tolist() == np.abs(flat(held)).max(1).astype(np.float64).tolist()
+
+
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_non_finite_elements_stay_with_their_member(dtype: torch.dtype) -> None:
     clean, spoilt = tree(dtype, 0), tree(dtype, 0)

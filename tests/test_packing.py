@@ -11,6 +11,8 @@ import polars as pl
 import pytest
 
 from descentlab.config.resolve import resolve
+from descentlab.engine.batched_cnn import BatchedCnn
+from descentlab.engine.batched_mlp import BatchedMlp
 from descentlab.engine.program import RunPlan
 from descentlab.launch import api
 from descentlab.launch.packing import pack
@@ -122,6 +124,9 @@ def units(sizes: Sequence[int]) -> list[list[RunPlan]]:
         ([1] * 600, 250, [200, 200, 200]),
         ([2] * 4, 5, [4, 4]),
         ([7, 1, 1], 5, [7, 2]),
+        ([36] * 3, 250, [72, 36]),
+        ([36] * 12, 500, [216, 216]),
+        ([90, 90, 90], 100, [90, 90, 90]),
         ([], 5, []),
     ],
 )
@@ -185,6 +190,18 @@ def test_optimizers_of_four_classes_side_by_side_are_the_same_to_the_bit_as_alon
         same = mixed.filter(pl.col("run").is_in(alone["run"].unique().to_list()))
         assert {"slot_max", "grad_norm", "update_norm"} <= set(shared) and same.height == 24
         assert equal_tables(same.select(shared), alone.select(shared)) == []
+
+
+@pytest.mark.parametrize("words", [["model=mlp"], ["model=cnn"], ["model=cnn", "workers=2"]])
+def test_gradients_written_over_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """One worker lends the memory of its last gradient; of several nobody does."""
+    words = [*words, "dataset=mnist5k", "steps=9", "replicates=2", "optimizer={name: sgd, momentum: 0.9}"]
+    lent = table(tmp_path / "lent", *words)
+    for kind in (BatchedMlp, BatchedCnn):
+        monkeypatch.setattr(kind, "reuses", False)
+    assert equal_tables(lent, table(tmp_path / "own", *words)) == []
 
 
 def test_schedules_are_each_members_own(tmp_path: Path) -> None:

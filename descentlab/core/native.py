@@ -129,7 +129,7 @@ class Rows:
 
 
 KEPT_LISTS = 7
-KEPT_ELEMENTS = 2**20  # tensors of more elements are not kept alive for the next call: finding them is nothing there
+KEPT_ELEMENTS = 2**18  # tensors of more elements are not kept alive for the next call: finding them is nothing there
 
 
 class Held:
