@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import time
 from collections.abc import Callable, Mapping
@@ -37,23 +36,9 @@ from .usage import Usage
 ROWS_HELD = 2**16  # rows kept in memory until they are written; about 8 MB
 
 
-def _plan_of(directory: RunDirectory) -> dict[str, Any]:
-    """plan.json, read again when it was replaced: a process that runs many blocks asks for each."""
-    path = directory.path / "plan.json"
-    if not path.exists():
-        return directory.read_json("plan.json")
-    found = path.stat()
-    return _plan_as_of(directory.path, (found.st_ino, found.st_mtime_ns, found.st_size))
-
-
-@functools.lru_cache(maxsize=1)
-def _plan_as_of(path: Path, file: tuple[int, int, int]) -> dict[str, Any]:
-    return RunDirectory.open(path).read_json("plan.json")
-
-
 def open_block(directory: RunDirectory, key: str) -> tuple[Block, StudySpec]:
     """A planned block and the settings it runs under."""
-    plan = _plan_of(directory)
+    plan = directory.plan()
     found = [b for b in plan.get("blocks", []) if b["key"] == key]
     if not found:
         raise StudyError(f"{directory.path / 'plan.json'} has no block {key}")
@@ -130,7 +115,7 @@ def run_block(
     if claim is None:
         return "elsewhere"
     with claim:
-        plan = _plan_of(directory)
+        plan = directory.plan()
         if key not in {b["key"] for b in plan.get("blocks", [])}:  # cut into smaller ones since it was handed out
             return "elsewhere"
         entry = next(b for b in plan["blocks"] if b["key"] == key)

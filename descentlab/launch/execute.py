@@ -28,7 +28,7 @@ Work = Callable[[Sequence[str], Tick], list[Outcome]]
 
 def pending(directory: RunDirectory, wanted: Collection[str]) -> list[dict[str, Any]]:
     """Blocks of plan.json that hold a wanted run and are not done, largest first."""
-    plan = directory.read_json("plan.json")
+    plan = directory.plan()
     blocks = [b for b in plan.get("blocks", []) if not set(wanted).isdisjoint(b["runs"])]
     left = [b for b in blocks if not BlockWriter(directory, b["key"], semantics=plan["semantics"]).is_done]
     return sorted(left, key=lambda b: -b["member_steps"])

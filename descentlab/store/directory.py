@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from . import jsonl
 from .atomic import append_bytes, is_temporary, remove_temporaries, write_bytes, write_text, writing
 
 FORMAT = 1
+INDENTED = 2**18  # characters up to which an object is laid out for readers; that takes ten times as long
 MARKER = "descentlab.json"
 CLAIMS = "claims"  # see claim.py
 LOCK = ".lock"  # held while the files of the whole directory are written
@@ -246,7 +248,23 @@ class RunDirectory:
 
     def replace_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``value`` as ``name``, atomically."""
-        write_text(self.path / name, json.dumps(json.loads(jsonl.dumps(value)), indent=1, ensure_ascii=False) + "\n")
+        text = jsonl.dumps(value)
+        if len(text) <= INDENTED:
+            text = json.dumps(json.loads(text), indent=1, ensure_ascii=False)
+        write_text(self.path / name, text + "\n")
+
+    def plan(self) -> dict[str, Any]:
+        """plan.json, read again when it was replaced; not to be changed, others get the same object."""
+        path = self.path / "plan.json"
+        if not path.exists():
+            return {}
+        found = path.stat()
+        return _plan_as_of(self.path, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def _plan_as_of(path: Path, file: tuple[int, int, int]) -> dict[str, Any]:
+    return RunDirectory.open(path).read_json("plan.json")
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def status(path: str | Path) -> Status:
 
 def states(directory: RunDirectory, current: Sequence[str]) -> Status:
     """:func:`status` for the runs with the ids ``current``."""
-    planned = {str(block["key"]): block for block in directory.read_json("plan.json").get("blocks", [])}
+    planned = {str(block["key"]): block for block in directory.plan().get("blocks", [])}
     keys = [*planned, *(key for key in directory.block_keys() if key not in planned)]
     blocks = []
     runs: dict[str, RunStatus] = {}

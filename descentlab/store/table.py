@@ -38,25 +38,42 @@ def build_frame(directory: RunDirectory) -> pl.DataFrame:
 def _frame(
     directory: RunDirectory, runs: list[dict[str, Any]], blocks: list[BlockData], owner: Mapping[str, str]
 ) -> pl.DataFrame:
-    frames = [_own_rows(block, owner) for block in blocks]
+    frames = [_in_order(_own_rows(block, owner))[0] for block in blocks]  # while a block's columns fit in the cache
     rows = pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame(schema=NO_ROWS)
-    rows = _widen(rows).sort(KEYS)
-    if duplicates := rows.height - rows.select(KEYS).unique().height:
+    rows, duplicates = _in_order(rows)
+    rows = _widen(rows)
+    if duplicates:
         raise StudyError(f"{directory.path}: {duplicates} rows share their run, step and attempt with another row")
     config = config_columns(runs, directory.read_jsonl("campaign.jsonl"), taken=set(rows.columns) - {"run"})
     return rows.join(config, on="run", how="left", maintain_order="left")
 
 
+def _in_order(rows: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Sorted by run, step and attempt, and how many rows share theirs with another one."""
+    if not rows.height:
+        return rows, 0
+    names = rows["run"].unique().sort()
+    key, size = rows["run"].cast(pl.Enum(names)).to_physical().cast(pl.Int64), len(names)
+    for name in ("step", "attempt"):  # all three as one number, which is sorted ten times as fast
+        low, high = int(rows[name].min()), int(rows[name].max())  # type: ignore[arg-type]
+        key, size = key * (high - low + 1) + (rows[name].cast(pl.Int64) - low), size * (high - low + 1)
+    if size >= 2**63:
+        return rows.sort(KEYS), rows.height - rows.select(KEYS).unique().height
+    order = key.arg_sort()
+    return rows[order], int((key.gather(order).diff() == 0).sum())
+
+
 def refresh(directory: RunDirectory) -> pl.DataFrame:
     """Build the frame and write what is derived from the blocks: table.parquet, hits.jsonl and runs.jsonl."""
-    from .progress import status
+    from .progress import states
 
     stamp = fingerprint(directory)
     runs = directory.read_jsonl("resolved.jsonl", repeated="settings")
-    blocks, owner = _blocks(directory, {str(run["id"]) for run in runs})
+    ids = [str(run["id"]) for run in runs]
+    blocks, owner = _blocks(directory, set(ids))
     frame = _frame(directory, runs, blocks, owner)
     directory.replace_jsonl(HITS, _hits(blocks, owner))
-    directory.replace_jsonl("runs.jsonl", [run.to_row() for run in status(directory.path).runs])
+    directory.replace_jsonl("runs.jsonl", [run.to_row() for run in states(directory, ids).runs])
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="snappy", metadata={"descentlab": stamp})
     write_bytes(directory.path / TABLE, buffer.getvalue())
@@ -130,6 +147,10 @@ def _blocks(directory: RunDirectory, current: set[str]) -> tuple[list[BlockData]
     A run is in two blocks only after the packing was changed: a finished block wins, then the one with more rows.
     """
     blocks = _read_blocks(directory)
+    held = [set(block.frame["run"].unique()) & current for block in blocks]
+    owner = {run: block.key for block, runs in zip(blocks, held, strict=True) for run in runs}
+    if len(owner) == sum(map(len, held)):
+        return blocks, owner
     best: dict[str, tuple[bool, int, str]] = {}
     for block in blocks:
         for run, rows in block.frame.group_by("run").len().iter_rows():
@@ -139,8 +160,9 @@ def _blocks(directory: RunDirectory, current: set[str]) -> tuple[list[BlockData]
 
 
 def _own_rows(block: BlockData, owner: Mapping[str, str]) -> pl.DataFrame:
-    own = [run for run in block.frame["run"].unique() if owner.get(run) == block.key]
-    return block.frame.filter(pl.col("run").is_in(own))
+    runs = block.frame["run"].unique()
+    own = [run for run in runs if owner.get(run) == block.key]
+    return block.frame if len(own) == len(runs) else block.frame.filter(pl.col("run").is_in(own))
 
 
 def _widen(frame: pl.DataFrame) -> pl.DataFrame:
