@@ -22,6 +22,7 @@ types of one replicate hit at the same step, so the 18 faulted runs and their tw
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import tempfile
@@ -54,6 +55,7 @@ def studies(quick: bool) -> dict[str, list[str]]:
 
 def cost(replicates: int, folder: Path) -> float:
     """Processor seconds of a short campaign in this process."""
+    gc.collect()  # what the turn before has left is not this one's cost
     started = time.process_time()
     study([*SHORT, f"cases={replicates}", "members_per_block=108"], folder / f"slope-{replicates}", launcher="local")
     return time.process_time() - started

@@ -64,6 +64,7 @@ class BlockData:
     cover: Cover
     frame: pl.DataFrame
     hits: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)  # the hits as they are written
 
 
 def recompute(folder: Path) -> str:
@@ -147,9 +148,13 @@ def read_block(folder: Path) -> BlockData | None:
     if cover is None:
         return None
     frames = [_frame(read_part(folder, part), part.file) for part in cover.metrics]
-    hits = [row for part in cover.hits for row in jsonl.decode(read_part(folder, part), folder / part.file)[0]]
+    hits, lines = list[dict[str, Any]](), list[bytes]()
+    for part in cover.hits:
+        data = read_part(folder, part)
+        hits += jsonl.decode(data, folder / part.file)[0]
+        lines += [line for line in data.split(b"\n") if line.strip()]
     frame = pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame(schema=NO_ROWS)
-    return BlockData(folder.name, cover, frame, hits)
+    return BlockData(folder.name, cover, frame, hits, lines)
 
 
 def _frame(data: bytes, file: str) -> pl.DataFrame:

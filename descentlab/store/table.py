@@ -72,7 +72,7 @@ def refresh(directory: RunDirectory) -> pl.DataFrame:
     ids = [str(run["id"]) for run in runs]
     blocks, owner = _blocks(directory, set(ids))
     frame = _frame(directory, runs, blocks, owner)
-    directory.replace_jsonl(HITS, _hits(blocks, owner))
+    write_bytes(directory.path / HITS, b"".join(line + b"\n" for _, line in _hits(blocks, owner)))
     directory.replace_jsonl("runs.jsonl", [run.to_row() for run in states(directory, ids).runs])
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="snappy", metadata={"descentlab": stamp})
@@ -82,12 +82,23 @@ def refresh(directory: RunDirectory) -> pl.DataFrame:
 
 def collect_hits(directory: RunDirectory) -> list[dict[str, Any]]:
     """Realised perturbations of the current runs, by case, optimizer, run and step."""
-    return _hits(*_blocks(directory, {str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")}))
+    current = {str(run["id"]) for run in directory.read_jsonl("resolved.jsonl")}
+    return [hit for hit, _ in _hits(*_blocks(directory, current))]
 
 
-def _hits(blocks: list[BlockData], owner: Mapping[str, str]) -> list[dict[str, Any]]:
-    hits = [hit for block in blocks for hit in block.hits if owner.get(str(hit.get("run"))) == block.key]
-    return sorted(hits, key=lambda h: (h.get("case", -1), str(h.get("optimizer")), str(h["run"]), h.get("step", -1)))
+def _hits(blocks: list[BlockData], owner: Mapping[str, str]) -> list[tuple[dict[str, Any], bytes]]:
+    """With the line each is written as."""
+    kept = [
+        (hit, line)
+        for block in blocks
+        for hit, line in zip(block.hits, block.lines, strict=True)
+        if owner.get(str(hit.get("run"))) == block.key
+    ]
+    return sorted(kept, key=lambda pair: _place(pair[0]))
+
+
+def _place(hit: Mapping[str, Any]) -> tuple[Any, ...]:
+    return hit.get("case", -1), str(hit.get("optimizer")), str(hit["run"]), hit.get("step", -1)
 
 
 def stored_hits(directory: RunDirectory) -> list[dict[str, Any]]:
