@@ -107,8 +107,8 @@ class MemberWork:
             losses.append(loss.detach())
             accuracies.append(self.objective.accuracy(output.detach(), batch.y[m]))
         if view.members == 1:
-            one = [tree_map(lambda t: t.detach().unsqueeze(0), tree[0]) for tree in (grads, buffers)]
-            return Grads(*one, losses[0].unsqueeze(0), accuracies[0].unsqueeze(0))
+            first, after = (tree_map(lambda t: t.detach().unsqueeze(0), tree[0]) for tree in (grads, buffers))
+            return Grads(first, after, losses[0].unsqueeze(0), accuracies[0].unsqueeze(0))
         return Grads(stack(grads), stack(buffers), torch.stack(losses), torch.stack(accuracies))
 
     @torch.no_grad()
