@@ -11,8 +11,8 @@ types of one replicate hit at the same step, so the 18 faulted runs and their tw
   against a loop that shares prefixes and twins as descentlab does, so that only the speed of an update counts.
 - ``shared_prefix_vs_scratch``: the BatchNorm network with faults late in training (``settings``) and the four
   optimizers, with ``--quick`` one: 18 types from one prefix, over the same with every run trained from its first step
-  and one twin. From scratch three of the types and a quarter of the replicates are trained, in blocks as large, and the
-  time is scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
+  and one twin. From scratch three of the types are trained, in full for a quarter of the replicates, and the time is
+  scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
 - ``slope``: of the logarithm of processor seconds (planning, training, table; one process) against the logarithm of
   the number of runs, MLP-386, in blocks of 108 runs (three replicates).
 

@@ -70,7 +70,7 @@ def test_gradients_buffers_and_scores_are_autograds(dtype: str, batch_norm: bool
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_a_result_that_nobody_needs_is_written_over(batch_norm: bool) -> None:
-    """The same numbers in the same memory; one of other members, or of single-member work, is left alone."""
+    """The same numbers in the same memory; gradients of other members, or that lie apart, are left alone."""
     many, single, state, batch = made("float32", batch_norm, (8, 16, 16))
     spent = many.work(state, batch)
     expected = many.work(state, batch.take([1, 0, 2]))

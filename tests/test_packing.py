@@ -9,10 +9,12 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 
 from descentlab.config.resolve import resolve
 from descentlab.engine.batched_cnn import BatchedCnn
 from descentlab.engine.batched_mlp import BatchedMlp
+from descentlab.engine.native import kernel
 from descentlab.engine.program import RunPlan
 from descentlab.launch import api
 from descentlab.launch.packing import pack
@@ -127,6 +129,7 @@ def units(sizes: Sequence[int]) -> list[list[RunPlan]]:
         ([36] * 3, 250, [72, 36]),
         ([36] * 12, 500, [216, 216]),
         ([90, 90, 90], 100, [90, 90, 90]),
+        ([1, 200], 250, [1, 200]),
         ([], 5, []),
     ],
 )
@@ -197,11 +200,30 @@ def test_gradients_written_over_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     """One worker lends the memory of its last gradient; of several nobody does."""
+    if kernel(torch.float32) is None:
+        pytest.skip("no C compiler on this machine: nothing is written over")
     words = [*words, "dataset=mnist5k", "steps=9", "replicates=2", "optimizer={name: sgd, momentum: 0.9}"]
     lent = table(tmp_path / "lent", *words)
     for kind in (BatchedMlp, BatchedCnn):
         monkeypatch.setattr(kind, "reuses", False)
     assert equal_tables(lent, table(tmp_path / "own", *words)) == []
+
+
+def test_an_observable_of_somebody_elses_may_keep_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where the next gradient is written over the one it holds: then nothing ever moves."""
+    (tmp_path / "keeper.py").write_text(
+        "import torch\n"
+        "class Moved:\n"
+        "    name, needs, last = 'moved', frozenset({'grad'}), None\n"
+        "    def measure(self, m):\n"
+        "        now = next(iter(m.grads.values()))\n"
+        "        same = self.last is not None and torch.equal(now, self.last)\n"
+        "        self.last = now\n"
+        "        return {'same': torch.full((len(now),), float(same))}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["model=mlp", "dataset=mnist5k", "steps=5", "replicates=2", "observe.extra=[keeper:Moved]"]
+    assert table(tmp_path / "run", *words)["same"].to_list() == [0.0] * 10
 
 
 def test_schedules_are_each_members_own(tmp_path: Path) -> None:

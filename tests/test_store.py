@@ -35,7 +35,7 @@ from descentlab.store import (
     provenance,
     status,
 )
-from descentlab.store.table import config_columns, planned_for
+from descentlab.store.table import _in_order, config_columns, planned_for
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,28 @@ def test_parts_of_earlier_versions_are_read(undisturbed: Results, tmp_path: Path
         part["sha256"] = hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
     (folder / "done.json").write_text(json.dumps(done))
     assert equal_tables(load(copy).frame, undisturbed.frame) == []
+
+
+@pytest.mark.parametrize("far", [1, 2**60])
+def test_rows_are_put_in_order_and_doubles_are_counted(far: int) -> None:
+    """Against polars' own sort; ``far`` steps apart one number cannot hold all three keys. Fails when attempts are not
+    compared, or when numbers that have overflowed are."""
+    draw = np.random.default_rng(0)
+    n = 500
+    rows = pl.DataFrame(
+        {
+            "run": [f"{r:x}" for r in draw.integers(0, 40, n)],
+            "step": draw.integers(-2, 6, n) * far,
+            "attempt": draw.integers(0, 3, n),
+            "loss": draw.normal(size=n),
+        }
+    )
+    keys = ["run", "step", "attempt"]
+    once = rows.unique(keys, keep="first", maintain_order=True)
+    ordered, doubles = _in_order(once)
+    assert doubles == 0 and ordered.equals(once.sort(keys))
+    assert _in_order(rows)[1] == n - once.height > 0
+    assert _in_order(rows.clear())[1] == 0
 
 
 def test_equal_tables_sees_every_kind_of_difference(undisturbed: Results) -> None:

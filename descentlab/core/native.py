@@ -129,7 +129,7 @@ class Rows:
 
 
 KEPT_LISTS = 7
-KEPT_ELEMENTS = 2**18  # tensors of more elements are not kept alive for the next call: finding them is nothing there
+KEPT_BYTES = 2**21  # tensors of more elements are not kept alive for the next call: finding them is nothing there
 
 
 class Held:
@@ -140,8 +140,10 @@ class Held:
 
     def known(self, tensors: Sequence[Tensor]) -> Rows | None:
         """Those that were asked for before."""
-        for given, rows in self._kept:
+        for i, (given, rows) in enumerate(self._kept):
             if len(given) == len(tensors) and all(map(is_, given, tensors)) and rows.in_place():
+                if i > 3:
+                    self._kept.insert(0, self._kept.pop(i))
                 return rows
         return None
 
@@ -153,7 +155,8 @@ class Held:
         copied = any(a is not b for a, b in zip(tensors, made.tensors, strict=True))
         first = tensors[0] if tensors else None
         self._kept = [(g, r) for g, r in self._kept if g[0] is not first][:KEPT_LISTS]
-        if tensors and not copied and sum(t.numel() for t in tensors) <= KEPT_ELEMENTS:
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        if tensors and not copied and sum(storages.values()) <= KEPT_BYTES:
             self._kept.insert(0, (list(tensors), made))
         return made
 

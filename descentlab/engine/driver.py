@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.flat import base_of
 from ..core.opmode import Ops
 from ..core.protocols import Grads, Lateness, Measured, Selection
 from ..core.state import State
@@ -63,13 +64,19 @@ class Engine(ABC):
         self.hits, self.events = Hits(self.parts, self.recorder), Events(self.parts, self.recorder)
         self.measuring, self.exchanging = Measuring(self.parts, self.recorder), Exchanging(self.parts)
         self.guard = Guard(self.parts.arm) if self.parts.arm is not None else None
-        others = self.guard, self.parts.staleness_rule, self.parts.rank_policy  # might keep a gradient
-        alone = self.exchanging.idle and all(other is None for other in others)
-        self._reuses = alone and bool(getattr(self.parts.many, "reuses", False))
+        self._reuses = self._lends()
         self._spent: Grads | None = None  # of the last update, where nobody can need it
         self.slots = self._planned(max(self.step - 1, 0))  # as they were when the state was saved
         if self.state is None:
             self.state = self.initial_state()
+
+    def _lends(self) -> bool:
+        """Whether the last gradient may be written over by the next: nobody else can have kept it."""
+        parts = self.parts
+        keeping = [o for o in parts.observables if "grad" in o.needs and not getattr(o, "keeps_nothing", False)]
+        if keeping or self.guard or parts.staleness_rule or parts.rank_policy or not self.exchanging.idle:
+            return False
+        return type(self)._work is Engine._work and bool(getattr(parts.many, "reuses", False))
 
     def initial_state(self) -> State:
         """Members in slot order, each initialised from its replicate's stream."""
@@ -213,7 +220,7 @@ class Engine(ABC):
         elif guard is not None and guard.alarms:
             self.measuring.record_alarms(self.step, measured, guard.columns())
         self.step += 1
-        if self._reuses and len(contributions) == 1:
+        if self._reuses and len(contributions) == 1 and base_of(contributions[0].grads) is not None:
             self._spent = contributions[0]
         if guard is not None:
             guard.rewind(self)

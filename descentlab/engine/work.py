@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 from ..core.opmode import OpMode, Ops
 from ..core.protocols import Batch, Grads
 from ..core.state import State
-from ..core.tree import Tree, stack, tree_map
+from ..core.tree import Tree, stack
 
 
 class Objective(Protocol):
@@ -106,9 +106,6 @@ class MemberWork:
             buffers.append(member_buffers)
             losses.append(loss.detach())
             accuracies.append(self.objective.accuracy(output.detach(), batch.y[m]))
-        if view.members == 1:
-            first, after = (tree_map(lambda t: t.detach().unsqueeze(0), tree[0]) for tree in (grads, buffers))
-            return Grads(first, after, losses[0].unsqueeze(0), accuracies[0].unsqueeze(0))
         return Grads(stack(grads), stack(buffers), torch.stack(losses), torch.stack(accuracies))
 
     @torch.no_grad()

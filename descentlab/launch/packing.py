@@ -232,8 +232,9 @@ def pack(units: Sequence[list[RunPlan]], most: int, split: int = SPLIT_FROM) -> 
     target = min(most, math.ceil(total / count))
     packed: list[list[RunPlan]] = []
     for unit in units:
-        held = len(packed[-1]) if packed else most
-        if held + len(unit) / 2 <= target and held + len(unit) <= most:
+        held = len(packed[-1]) if packed else 0
+        whole = held + len(unit)
+        if packed and held + len(unit) / 2 <= target and whole <= most and (whole < total or count == 1):
             packed[-1] += unit
         else:
             packed.append(list(unit))

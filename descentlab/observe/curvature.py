@@ -18,7 +18,7 @@ from .operators import Data, Loss, Matrix, Operator, at, batches_of, chosen, ope
 
 DENSE_BYTES = 2**31  # largest matrix made without asking: 16,384 parameters
 CHUNK_BYTES = 2**26  # rows differentiated at once, at most
-ROWS = 16  # and no more of them: what is kept for each is as large as the graph, and more leaves the cache
+ROWS = 16  # and no more of them on a CPU: what is kept for each is as large as the graph, and more leaves the cache
 ASYMMETRY = 1e-6  # difference of rows and columns that rounding does not explain
 BASIS_BYTES = 2**28  # of vectors that Lanczos keeps, unless k needs more
 
@@ -89,7 +89,9 @@ def _rows(curvature: Operator) -> Tensor:
     """The whole matrix ``[n, n]`` of an operator, a chunk of rows at a time."""
     n = curvature.n
     out = torch.empty(n, n, dtype=torch.float64, device=curvature.device)
-    chunk = max(1, min(ROWS, CHUNK_BYTES // (8 * n)))
+    chunk = max(1, CHUNK_BYTES // (8 * n))
+    if out.device.type == "cpu":
+        chunk = min(chunk, ROWS)
     for first in range(0, n, chunk):
         unit = torch.zeros(min(chunk, n - first), n, dtype=torch.float64, device=out.device)
         unit[:, first : first + chunk].fill_diagonal_(1.0)

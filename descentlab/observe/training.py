@@ -23,6 +23,7 @@ class GradientNorm:
     """Euclidean norm of the gradient that was applied, and its non-finite elements."""
 
     name, needs = "gradient_norm", frozenset({"grad"})
+    keeps_nothing = True  # so that the next gradient may be written over this one
 
     def measure(self, m: Measured) -> dict[str, Tensor]:
         norm, nonfinite = member_norms(m.grads)

@@ -255,10 +255,10 @@ class RunDirectory:
 
     def plan(self) -> dict[str, Any]:
         """plan.json, read again when it was replaced; not to be changed, others get the same object."""
-        path = self.path / "plan.json"
-        if not path.exists():
+        try:
+            found = (self.path / "plan.json").stat()
+        except FileNotFoundError:
             return {}
-        found = path.stat()
         return _plan_as_of(self.path, (found.st_ino, found.st_mtime_ns, found.st_size))
 
 

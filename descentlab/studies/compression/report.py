@@ -25,7 +25,7 @@ from ..common import (
 )
 from . import figures
 from .measures import MEASURES, Run, by_epoch, by_link, curves, runs_of, summarise
-from .prediction import Predicted, predictions
+from .prediction import Predicted, order, predictions
 from .spec import STUDY
 from .tables import epoch_section, exchange_tables, prediction_section
 
@@ -103,6 +103,10 @@ def _summary(found: Found, contrasts: Mapping[str, Estimate]) -> dict[str, Summa
     for one in found.predicted:
         how = f"T = a + b bytes at {one.bandwidth_mbps:g} Mbit/s, relative to the median measured"
         out[f"compression/{one.method}/prediction_error"] = plain_item(one.error, one.n, how)
+    for rate in dict.fromkeys(one.bandwidth_mbps for one in found.predicted):
+        right, pairs, _ = order([one for one in found.predicted if one.bandwidth_mbps == rate])
+        how = f"share of pairs of methods whose median times are in the predicted order, at {rate:g} Mbit/s"
+        out[f"compression/in_order/{rate:g}_mbps"] = plain_item(right / max(pairs, 1), pairs, how)
     return out | {f"compression/{name}/accuracy": item(result) for name, result in contrasts.items()}
 
 

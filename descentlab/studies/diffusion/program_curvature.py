@@ -31,7 +31,7 @@ def set_weights(module: nn.Module, theta: np.ndarray) -> None:
 def dense_hessian(module: nn.Module, loss: Loss, data: tuple[Tensor, Tensor]) -> np.ndarray:
     """The Hessian ``[D, D]`` of the mean loss over ``data``, float64, of a model whose samples do not mix.
 
-    A plain network takes all samples at once; any other so many that what is kept for them hardly leaves the cache.
+    A plain network takes all samples at once; any other so many that what is kept for a few rows stays small.
     """
     x, y = data
     if recognise(module) is not None:
