@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,19 @@ def test_variances_beside_rows(tmp_path: Path, clouds: dict[str, Path]) -> None:
     for who, found in load_weights(both).items():
         diagonal = np.diagonal(whole[who]["covariance"], axis1=1, axis2=2)
         np.testing.assert_allclose(found["covariance"], diagonal, rtol=1e-9, atol=1e-18)
+
+
+def test_blocks_of_an_earlier_grid_are_left_out(tmp_path: Path, clouds: dict[str, Path]) -> None:
+    """A block none of whose runs is asked for any more; once it made the report fail."""
+    path = tmp_path / "later"
+    shutil.copytree(clouds["moments"], path)
+    kept = set(json.loads((path / "plan.json").read_text())["blocks"][0]["runs"])
+    lines = (path / "resolved.jsonl").read_text().splitlines(keepends=True)
+    own = [line for line in lines if json.loads(line)["id"] in kept]
+    assert 0 < len(own) < len(lines)
+    (path / "resolved.jsonl").write_text("".join(own))
+    found = load_moments(path)
+    assert found is not None and found["n"].max() == len(own) and found["role"].dtype == pl.String
 
 
 def test_an_interrupted_cloud_has_the_moments_of_an_undisturbed_one(tmp_path: Path, clouds: dict[str, Path]) -> None:

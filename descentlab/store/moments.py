@@ -107,6 +107,8 @@ def _parts(path: Path, key: str, names: tuple[str, ...], prefix: str = "") -> It
             for run, group in zip(a["runs"].tolist(), a["run_groups"], strict=True)
             if run in runs
         }
+        if not owner:  # of an earlier grid
+            continue
         wanted = [n for n in ("step", "group", "column", *names) if f"{prefix}{n}" in held[0]]
         starts = [int(a[key].min()) for a in held]
         cut = [*starts[1:], None]
