@@ -144,7 +144,7 @@ def items(found: Score, vectors: np.ndarray, predicted: np.ndarray) -> dict[str,
     plain = {
         "inside_chi_square": (found.inside, f"share of ratios in their chi-square 95 % interval, {over}"),
         "outside_marchenko_pastur": (found.outside, "share of eigenvalues of Vhat^-1/2 V Vhat^-1/2 outside the band"),
-        "flat_directions": (float((~live).sum()), f"predicted below {FLAT:g} of the largest variance or below rounding"),
+        "flat_directions": (float((~live).sum()), f"predicted below {FLAT:g} of the largest variance or rounding"),
         "flat_largest": (
             found.flat_largest,
             "largest measured variance of a flat direction over the largest predicted",
