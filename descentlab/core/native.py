@@ -129,7 +129,7 @@ class Rows:
 
 
 KEPT_LISTS = 7
-KEPT_BYTES = 2**21  # tensors of more elements are not kept alive for the next call: finding them is nothing there
+KEPT_BYTES = 2**21  # larger tensors are not kept alive for the next call: finding them is nothing beside using them
 
 
 class Held:
@@ -139,10 +139,10 @@ class Held:
         self._kept: list[tuple[list[Tensor], Rows]] = []
 
     def known(self, tensors: Sequence[Tensor]) -> Rows | None:
-        """Those that were asked for before."""
+        """Those of the same tensors in the same places that were asked for before; None where there are none."""
         for i, (given, rows) in enumerate(self._kept):
             if len(given) == len(tensors) and all(map(is_, given, tensors)) and rows.in_place():
-                if i > 3:
+                if i > KEPT_LISTS // 2:  # before new ones push it out
                     self._kept.insert(0, self._kept.pop(i))
                 return rows
         return None

@@ -226,7 +226,7 @@ def split_from(operations: Sequence[OpRecord], alone: bool) -> int:
 
 def pack(units: Sequence[list[RunPlan]], most: int, split: int = SPLIT_FROM) -> list[list[RunPlan]]:
     """Units in their order as evenly filled blocks of at most ``most`` runs (a larger unit is a block of its own); two
-    at least from ``split`` runs on. A unit goes where the larger half of it has room."""
+    at least from ``split`` runs on. A unit joins the last block while at least half of it lies within an even share."""
     total = sum(len(unit) for unit in units)
     count = max(math.ceil(total / most), 2 if total >= split else 1)
     target = min(most, math.ceil(total / count))
