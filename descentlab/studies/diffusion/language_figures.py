@@ -102,7 +102,8 @@ def picture(found: Arrays) -> Figure:
         below[2].set_yticks(np.arange(len(shares[0])), found["parts"].tolist())
         below[2].set_xlabel("share of the trace")
         below[2].axvline(0, color=GREY, linewidth=0.6)
-        below[2].legend(fontsize=6)
+        below[2].set_ylim(-0.6, len(shares[0]) + 1.1)  # room above the bars
+        below[2].legend(fontsize=6, loc="upper right")
         for i, (ax, name) in enumerate(zip(below, ("attention", "embeddings", "where it sits"), strict=True)):
             ax.set_title(f"({LETTERS[len(shown) + i]}) {name}")
     return figure
