@@ -14,7 +14,8 @@ types of one replicate hit at the same step, so the 18 faulted runs and their tw
   and one twin. From scratch three of the types are trained, in full for a quarter of the replicates, and the time is
   scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
 - ``slope``: of the logarithm of processor seconds (planning, training, table; one process) against the logarithm of
-  the number of runs, MLP-386, in blocks of 108 runs (three replicates).
+  the number of runs, MLP-386, in blocks of 108 runs (three replicates). All numbers are taken in turn, three times
+  (``--quick``: once); a turn gives a slope, and the median of those counts, since the machine's speed drifts.
 
 ``--quick``: one optimizer, fewer replicates, the slope over three numbers of runs; once.
 """
@@ -25,6 +26,7 @@ import argparse
 import gc
 import math
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -36,7 +38,8 @@ FAULTS = (
     "INPUT,INPUT_16,WT,WT_16,RBFLIP,RD,RD_CORRECT,ZERO,N16_RD,N16_RD_CORRECT,RD_GLB,RD_CORRECT_GLB,"
     "N64_INPUT,N64_WT,N64_INPUT_16,N64_WT_16,N64_INPUT_GLB,N64_WT_GLB"
 )
-REPLICATES = (12, 24, 48, 96)  # for the slope: 4 to 32 blocks; of fewer, planning is a good part of the cost
+REPLICATES = (24, 48, 96, 192)  # for the slope: 8 to 64 blocks; fewer take so short that the machine's noise counts
+QUICK_REPLICATES = (12, 24, 48)
 FULL_LATE = ["fault.step=600", "recovery_steps=20"]
 QUICK_LATE = ["optimizer=adam", "fault.step=600", "recovery_steps=10", "processes=1"]
 SHORT = ["model=mlp", "optimizer=adam", f"fault={FAULTS}", "fault.step=10", "recovery_steps=20"]
@@ -61,11 +64,12 @@ def cost(replicates: int, folder: Path) -> float:
     return time.process_time() - started
 
 
-def slope(seconds: dict[int, list[float]]) -> float:
-    """Least-squares slope of log(least seconds) against log(runs)."""
-    points = [(math.log(n), math.log(min(values))) for n, values in seconds.items()]
-    x, y = (sum(p[i] for p in points) / len(points) for i in (0, 1))
-    return round(sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points), 3)
+def slopes(seconds: dict[int, list[float]]) -> list[float]:
+    """Of every turn, the least-squares slope of log(seconds) against log(runs)."""
+    x = [math.log(n) for n in seconds]
+    off = [a - statistics.mean(x) for a in x]
+    turns = zip(*seconds.values(), strict=True)
+    return [sum(a * math.log(s) for a, s in zip(off, turn, strict=True)) / sum(a * a for a in off) for turn in turns]
 
 
 def main() -> None:
@@ -94,15 +98,17 @@ def main() -> None:
         }
         steps = {n: round(from_scratch(folder / n) / member_steps(folder / n), 2) for n in ("mlp", "shared")}
         cost(1, folder)  # imports, data
-        turns_of_cost = {str(n): lambda n=n: cost(n, folder) for n in (REPLICATES[:3] if quick else REPLICATES)}
+        turns_of_cost = {str(n): lambda n=n: cost(n, folder) for n in (QUICK_REPLICATES if quick else REPLICATES)}
         costs = {int(n): values for n, values in alternate(turns_of_cost, repeats).items()}
-    ratios["slope"] = slope(costs)
+    each = slopes(costs)
+    ratios["slope"] = round(statistics.median(each), 3)
     emit(
         "campaign",
         ratios,
         repeats,
         seconds={name: spread(values) for name, values in measured.items()},
         cpu_seconds={f"{2 * 18 * n} runs": spread(values) for n, values in costs.items()},
+        slopes=[round(s, 3) for s in each],
         settings={name: " ".join(values) for name, values in settings.items()},
         scratch_over_shared_steps=steps,
         loop_updates=[loops[0].measured, loops[0].updates],

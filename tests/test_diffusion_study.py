@@ -128,6 +128,19 @@ def test_the_score_can_be_recomputed_from_what_is_stored(done: Path) -> None:
     assert 0.7 < (a[live] / b[live]).mean() < 1.3 and 300 < live.sum() <= 386 - 9  # 9: what a softmax does not see
 
 
+def test_two_predictions_of_one_cloud_are_both_reported(tmp_path: Path) -> None:
+    """A grid over what is made of a cloud alone. Fails when the second cell, which has no runs of its own, is left out
+    of the report, or is given the first one's prediction."""
+    out = study(tmp_path / "out", "theory.closure=linear,gaussian", "stage=score", "runs=12")
+    assert len(blocks(out, "sgd_cloud")) == 1 and len(blocks(out, "score")) == 2
+    summary = json.loads((out / "report" / "summary.json").read_text())
+    found = {
+        closure: summary[f"diffusion/lr=0.05/theory={closure}/relative_error_all"]["value"]
+        for closure in ("linear", "gaussian")
+    }
+    assert found["linear"] != found["gaussian"]
+
+
 def test_validation_losses(done: Path) -> None:
     """Breaks when losses are not those of each run's end, or the mean model is not the mean of the weights."""
     found = arrays(blocks(done, "val_loss")[0], "losses.npz")

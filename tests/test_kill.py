@@ -42,13 +42,12 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
 def test_ctrl_c_checkpoints_and_the_same_command_resumes(tmp_path: Path) -> None:
     """With a pool of two workers; no process is left behind."""
     out = tmp_path / "out"
-    settings = ["cases=2", "recovery_steps=200", "dataset=digits", "model.pool=1", "optimizer=sgd,adam", "processes=2"]
+    settings = ["cases=2", "recovery_steps=2000", "dataset=digits", "model.pool=1", "optimizer=sgd,adam", "processes=2"]
     command = [sys.executable, "-m", "descentlab.cli", "run", "recovery", *settings, "--out", str(out)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(out.glob("blocks/*/owner.json")):
-        time.sleep(0.1)
-    time.sleep(1.0)
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command resumes" in errors

@@ -179,6 +179,32 @@ def test_preempted_timed_out_and_killed_jobs_end_equal(place: Place) -> None:
     assert store.equal_tables(store.load(place.path / "cluster").frame, local.frame) == []
 
 
+LATE_START = """
+import os, pathlib, time
+
+if "SLOW_START" in os.environ and "SLURM_JOB_ID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    pathlib.Path(os.environ["SLOW_START"]).touch()
+    time.sleep(3)
+"""
+
+
+def test_a_signal_that_comes_while_python_starts_requeues_the_job(place: Place) -> None:
+    """Nobody could answer it yet. Fails when it is not held back: it then kills Python, and the block is lost."""
+    (place.path / "site").mkdir()
+    (place.path / "site" / "sitecustomize.py").write_text(LATE_START)
+    starts = place.path / "starts"
+    path = os.pathsep.join([str(ROOT), str(place.path / "site"), *(p for p in sys.path if "site-packages" in p)])
+    run = ["run", *STUDY, "replicates=1", "steps=20", "checkpoint_s=600", "--out", "cluster", "--launcher", "slurm"]
+    done = place.descentlab(*run, PYTHONPATH=path, SLOW_START=str(starts))
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.partition("Slurm job ")[2].split()[0]
+    wait_for(starts.exists, "the start of Python")
+    place.ask("scancel", "--signal=USR2", job)
+    wait_for(lambda: place.restarts(job) == 1, "its return to the queue")
+    wait_for(lambda: (place.path / "cluster/report/index.html").exists(), "the report")
+    assert store.status(place.path / "cluster").counts() == {"done": 1}
+
+
 def test_the_grid_of_108_runs_gives_the_table_of_a_local_run(place: Place) -> None:
     """The shipped linear grid, its data and length replaced by ones for a test: packed blocks in an array of two jobs.
 

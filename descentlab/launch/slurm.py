@@ -2,8 +2,9 @@
 
 A job never asks sacct for anything and talks to Slurm only to be requeued. It is warned ``signal_s`` before its time
 limit and on preemption by submitit's signal (USR2 unless ``SUBMITIT_PREEMPT_SIGNAL`` says otherwise): it then ends the
-update it is in, writes a checkpoint and goes back into the queue. SIGTERM alone (``scancel``, or a preemption after
-which Slurm requeues by itself) does the same without the queue.
+update it is in, writes a checkpoint and goes back into the queue. A signal that comes while Python starts waits until
+somebody can answer it. SIGTERM alone (``scancel``, or a preemption after which Slurm requeues by itself) does the same
+without the queue.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ BUSY = (  # what Slurm says when the same submission may well be accepted a litt
 )
 TAKE_OVER_S = 2 * LEASE_S  # a job waits as long for a block that a host which died seems to hold
 BOTH_SIGNALS_S = 2.0  # SIGTERM and the preemption signal may come one after the other
+HOLD = (  # a program for ``python -c``: itself again with what follows, and one signal held back
+    "import os,signal,sys;signal.pthread_sigmask(signal.SIG_BLOCK,[signal.{}]);"
+    "os.execv(sys.executable,[sys.executable,*sys.argv[1:]])"
+)
 T = TypeVar("T")
 
 
@@ -86,6 +91,7 @@ class _Signals:
         self.preempted = JobEnvironment._usr_sig()
         self.seen: list[int] = []
         self.answers = {n: signal.signal(n, self._note) for n in (self.preempted, signal.SIGTERM)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [self.preempted])  # held back since Python started (_python)
 
     def _note(self, number: int, frame: Any) -> None:
         self.seen.append(number)
@@ -169,7 +175,7 @@ def make_executor(path: Path, study: str, profile: Profile, code: Path) -> submi
     """submitit's executor with everything that the profile asks for; its files go to ``path/slurm``."""
     options, commands = read_script(profile)
     (path / "slurm").mkdir(exist_ok=True)
-    executor = submitit.SlurmExecutor(path / "slurm", max_num_timeout=profile.requeues, python=profile.python)
+    executor = submitit.SlurmExecutor(path / "slurm", max_num_timeout=profile.requeues, python=_python(profile))
     asked = {
         "partition": profile.partition,
         "account": profile.account,
@@ -190,6 +196,12 @@ def make_executor(path: Path, study: str, profile: Profile, code: Path) -> submi
         **{key: value for key, value in asked.items() if value is not None},
     )
     return executor
+
+
+def _python(profile: Profile) -> str:
+    """The command that starts Python, with the preemption signal held back: before somebody answers it, it kills."""
+    python = profile.python or shlex.quote(sys.executable)
+    return f"{python} -I -S -c {shlex.quote(HOLD.format(JobEnvironment._usr_sig().name))}"
 
 
 def _environment(code: Path) -> list[str]:

@@ -15,7 +15,7 @@ from ...core.errors import StudyError
 from ...store import RunDirectory
 
 Arrays = Mapping[str, np.ndarray]
-NAMING = ("dataset", "model", "dtype", "batch_size", "seed")  # settings that tell clouds apart, beside rate and loader
+NAMING = ("dataset", "model", "dtype", "batch_size", "seed", "theory", "control")  # what else tells clouds apart
 SPECTRA = ("eigenvalues", "nodes")  # of hessians.npz, [runs, steps, ...]
 FILES = {
     "sgd": "theta.npz",
@@ -102,21 +102,26 @@ class Cloud:
 
 
 def clouds_of(results: ResultsLike, stages: Stages) -> list[Cloud]:
-    """Every cloud of the study, by learning rate and loader: ``lr=0.01`` with replacement, ``lr=0.01/shuffle``."""
+    """Every cloud of the study, by learning rate and loader: ``lr=0.01`` with replacement, ``lr=0.01/shuffle``. Cells
+    that differ in what is made of a cloud alone (theory, control) share its runs and are clouds of their own."""
     cells: dict[int, Mapping[str, Any]] = {}
+    owners: dict[str, int] = {}
+    members: dict[int, list[Mapping[str, Any]]] = {}
     for run in results.runs:
-        cells.setdefault(int(run["cell"]), run["settings"])
-    members: dict[int, set[str]] = {}
-    for run in results.runs:
-        if run["role"] == "sgd_cloud":
-            members.setdefault(int(run["cell"]), set()).add(str(run["id"]))
+        cell = owners[str(run["id"])] = int(run["cell"])
+        cells.setdefault(cell, run["settings"])
+        if run["role"] in ("sgd_cloud", "score", "gd_control"):
+            members.setdefault(cell, [])
+    for block in stages.named("sgd_cloud"):
+        members[next(owners[str(r)] for r in block["runs"] if str(r) in owners)].append(block)
+    for cell in [cell for cell, own in members.items() if not own]:
+        members[cell] = _alike(stages.named("sgd_cloud"), cells[cell], "sgd_cloud")
     names = _names({cell: cells[cell] for cell in members})
     found = []
-    for cell, own in sorted(members.items(), key=lambda item: _order(cells[item[0]])):
-        blocks = [b for b in stages.named("sgd_cloud") if not own.isdisjoint(b["runs"])]
+    for cell, blocks in sorted(members.items(), key=lambda item: _order(cells[item[0]])):
         keys = {b["key"] for b in blocks}
         after = {
-            stage: next((b for b in stages.named(stage) if keys & set(b["needs"]["sgd_cloud"])), None)
+            stage: _after(stages.named(stage), keys, cell, owners)
             for stage in ("score", "val_loss", "statistics", "language")
         }
         control = next(iter(_alike(stages.named("gd_control"), cells[cell], "gd_control")), None)
@@ -127,15 +132,23 @@ def clouds_of(results: ResultsLike, stages: Stages) -> list[Cloud]:
     return found
 
 
+def _after(
+    blocks: Sequence[Mapping[str, Any]], keys: set[str], cell: int, owners: Mapping[str, int]
+) -> Mapping[str, Any] | None:
+    """The block of a stage that is made of the cloud ``keys``: the cell's own, or one that it shares."""
+    made = [b for b in blocks if keys & set(b["needs"]["sgd_cloud"])]
+    return next((b for b in made if cell in {owners.get(str(r)) for r in b["runs"]}), next(iter(made), None))
+
+
 def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     return settings["optimizer"]["lr"], settings["sampler"]["name"] != "replacement"
 
 
 def _alike(blocks: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], stage: str) -> list[Mapping[str, Any]]:
     """The blocks of a stage that agree with a cloud's settings: of the control in the optimizer and what theta* is made
-    of, of the runs along which Hessians were measured in the loader as well."""
+    of, of the runs along which Hessians were measured, and of the cloud itself, in the loader as well."""
     keys = ["dataset", "splits", "model", "dtype", "seed", "batch_size", "reference", "optimizer"]
-    keys += ["control"] if stage == "gd_control" else ["sampler", "hessians"]
+    keys += {"gd_control": ["control"], "hessians": ["sampler", "hessians"], "sgd_cloud": ["sampler", "cloud"]}[stage]
 
     def same(key: str, found: Mapping[str, Any]) -> bool:
         if key != "hessians":
@@ -162,12 +175,13 @@ def _names(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
         )
     if len(set(names.values())) < len(names):
         for key in NAMING:
-            texts = {cell: _text(settings[key]) for cell, settings in cells.items()}
+            texts = {cell: _text(settings[key], key) for cell, settings in cells.items()}
             if len(set(texts.values())) > 1:
                 names = {cell: f"{name}/{key}={texts[cell]}" for cell, name in names.items()}
     twice = {name for name in names.values() if list(names.values()).count(name) > 1}
     return {cell: f"{name}/cell={cell}" if name in twice else name for cell, name in names.items()}
 
 
-def _text(value: Any) -> str:
-    return str(value["name"]) if isinstance(value, Mapping) and "name" in value else str(value)
+def _text(value: Any, key: str) -> str:
+    shown = {"theory": "closure", "control": "scaling"}.get(key, "name")
+    return str(value[shown]) if isinstance(value, Mapping) and shown in value else str(value)
