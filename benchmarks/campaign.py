@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import os
 import statistics
 import tempfile
@@ -32,7 +31,7 @@ import time
 from pathlib import Path
 
 from alone import Baseline, from_scratch, member_steps, study, train
-from common import ONE_THREAD, alternate, emit, median_ratio, spread
+from common import ONE_THREAD, alternate, emit, median_ratio, slopes, spread
 
 FAULTS = (
     "INPUT,INPUT_16,WT,WT_16,RBFLIP,RD,RD_CORRECT,ZERO,N16_RD,N16_RD_CORRECT,RD_GLB,RD_CORRECT_GLB,"
@@ -62,14 +61,6 @@ def cost(replicates: int, folder: Path) -> float:
     started = time.process_time()
     study([*SHORT, f"cases={replicates}", "members_per_block=108"], folder / f"slope-{replicates}", launcher="local")
     return time.process_time() - started
-
-
-def slopes(seconds: dict[int, list[float]]) -> list[float]:
-    """Of every turn, the least-squares slope of log(seconds) against log(runs)."""
-    x = [math.log(n) for n in seconds]
-    off = [a - statistics.mean(x) for a in x]
-    turns = zip(*seconds.values(), strict=True)
-    return [sum(a * math.log(s) for a, s in zip(off, turn, strict=True)) / sum(a * a for a in off) for turn in turns]
 
 
 def main() -> None:

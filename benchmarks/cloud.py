@@ -9,9 +9,10 @@ that of descentlab:
 - ``vs_jax``: ``jit(vmap(scan))`` in one process that may use all cores, gathering included, drawing and compilation
   not, loss alone; null without JAX.
 
-``slope``: of the logarithm of processor time against the logarithm of runs (1 is linear). ``memory_runs`` and
-``memory_steps``: peak memory of a stage with four times the runs and four times the steps over that without (1 is
-flat).
+``slope``: of the logarithm of a stage's processor time, start included, against the logarithm of runs (1 is linear): of
+four numbers of runs in turn, three times (``--quick``: three, once); the median over turns. ``memory_runs`` and
+``memory_steps``: peak memory of a stage with eight times the runs (``--quick``: four) and four times the steps over one
+without (1 is flat).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import ONE_THREAD, emit, median_ratio, spread
+from common import ONE_THREAD, emit, median_ratio, slopes, spread
 
 ROOT = Path(__file__).parent.parent
 WORDS = (
@@ -116,27 +117,30 @@ def main() -> None:
         base = Path(folder) / "point"
         point(base)
         found: dict[str, list[float]] = {name: [] for name in ("cloud", "loop", "jax")}
-        taken: list[dict[str, float]] = []
         for repeat in range(repeats):
             whole = in_process(_copy(base, folder, f"a{repeat}"), "cloud", runs, steps)
-            taken.append(whole)
             found["cloud"].append(1e6 * whole["wall_s"] / (runs * steps))
             for name in ("loop", *(("jax",) if with_jax else ())):
                 other = in_process(base, name, runs, 240)
                 found[name].append(1e6 * other["wall_s"] / other["made"])
-        sizes = (runs // 4, runs // 2, runs)
-        small = [in_process(_copy(base, folder, f"s{n}"), "cloud", n, steps) for n in sizes[:-1]] + [taken[-1]]
-        long = in_process(_copy(base, folder, "long"), "cloud", runs // 4, 4 * steps)
-    fixed = 2 * small[0]["cpu_s"] - small[1]["cpu_s"]  # start, data and planning, the same for any number of runs
+        sizes = (runs // 4, runs // 2, runs) if given.quick else (runs // 2, runs, 2 * runs, 4 * runs)
+        sized: dict[int, list[dict[str, float]]] = {n: [] for n in sizes}
+        for repeat in range(repeats):
+            for n in sizes:
+                sized[n].append(in_process(_copy(base, folder, f"s{n}-{repeat}"), "cloud", n, steps))
+        long = in_process(_copy(base, folder, "long"), "cloud", sizes[0], 4 * steps)
+    least, most = (sized[n][0]["peak_mb"] for n in (sizes[0], sizes[-1]))
+    each = slopes({n: [one["cpu_s"] for one in turns] for n, turns in sized.items()})
     ratios = {
         "vs_loop": median_ratio(found["loop"], found["cloud"]),
         "vs_jax": median_ratio(found["jax"], found["cloud"]) if with_jax else None,
-        "slope": round(_slope(sizes, [s["cpu_s"] - max(0.0, fixed) for s in small]), 3),
-        "memory_runs": round(small[-1]["peak_mb"] / small[0]["peak_mb"], 3),
-        "memory_steps": round(long["peak_mb"] / small[0]["peak_mb"], 3),
+        "slope": round(statistics.median(each), 3),
+        "memory_runs": round(most / least, 3),
+        "memory_steps": round(long["peak_mb"] / least, 3),
     }
     micro = {name: spread(values) for name, values in found.items() if values}
-    emit("cloud", ratios, repeats, microseconds=micro, runs=runs, steps=steps, peak_mb=round(small[-1]["peak_mb"]))
+    cpu = {f"{n} runs": spread([one["cpu_s"] for one in turns]) for n, turns in sized.items()}
+    emit("cloud", ratios, repeats, microseconds=micro, cpu_seconds=cpu, runs=runs, steps=steps, peak_mb=round(most))
 
 
 def _copy(base: Path, folder: str, name: str) -> Path:
@@ -145,12 +149,6 @@ def _copy(base: Path, folder: str, name: str) -> Path:
     target = Path(folder) / name
     shutil.copytree(base, target)
     return target
-
-
-def _slope(sizes: tuple[int, ...], seconds: list[float]) -> float:
-    x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
 if __name__ == "__main__":

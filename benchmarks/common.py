@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def spread(values: list[float]) -> dict[str, float]:
     """Median, least and largest value, to three digits."""
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {key: float(f"{value:.3g}") for key, value in found.items()}
+
+
+def slopes(seconds: Mapping[int, Sequence[float]]) -> list[float]:
+    """Of every turn, the least-squares slope of log(seconds) against log(size); ``seconds``: size -> one per turn.
+
+    A slope is of one turn because the machine's speed drifts from one turn to the next.
+    """
+    x = [math.log(size) for size in seconds]
+    off = [a - statistics.mean(x) for a in x]
+    turns = zip(*seconds.values(), strict=True)
+    return [sum(a * math.log(s) for a, s in zip(off, turn, strict=True)) / sum(a * a for a in off) for turn in turns]
 
 
 def emit(benchmark: str, ratios: Mapping[str, float | None], n: int, **details: Any) -> None:
