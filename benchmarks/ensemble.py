@@ -19,28 +19,28 @@ Ratios are time per member-step of the other over time per member-step of descen
   of 5 (LeNet5 not with ``--quick``); ``…_two_threads``: against the loop with two threads.
 
 Others: ``store_share``, the share of the processor time of a default step that goes into making and writing rows, a
-part every 60,000 rows (``run`` writes one every 65,536); ``slope``, of the logarithm of the least processor time
-against the logarithm of members, one process, 500 to 2,000 members in blocks of 500, whole epochs, so that every turn
-draws a permutation per member and epoch, and turns about equally long; ``memory_steps`` and ``memory_members``, peak
-memory with four times the steps and four times the members over that without. ``--quick`` leaves out what the bounds
-do not need (null).
+part every 60,000 rows (``run`` writes one every 65,536); ``slope``, of the logarithm of processor time against the
+logarithm of members, the median over turns, one process, 500 to 2,000 members in blocks of 500, whole epochs, so that
+every turn draws a permutation per member and epoch, and measurements about equally long; ``memory_steps`` and
+``memory_members``, peak memory with four times the steps and four times the members over that without. ``--quick``
+leaves out what the bounds do not need (null).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import multiprocessing
 import os
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from common import ONE_THREAD, alternate, cores, emit, median_ratio, spread
+from common import ONE_THREAD, alternate, cores, emit, median_ratio, slopes, spread
 from contestants import EPOCH, STORE_S, Advance, blocks, cell, ensemble, jax_ensemble, loop
 
 WARM_UP = 10
@@ -87,8 +87,7 @@ def contestants(worker: int, count: int, arguments: argparse.Namespace, with_jax
 
 
 def equally_long(advance: Callable[..., int], members: int, size: int, updates: int) -> int:
-    """The first ``members`` so often that turns of all :data:`SIZES` last about as long: the least of a few short turns
-    is smaller than that of as many long ones, for it is easier undisturbed."""
+    """The first ``members`` so often that all :data:`SIZES` take about as long, and are disturbed as much."""
     turns = round(max(SIZES) / members) if updates == EPOCH else 1
     return sum(advance(updates, first=members // size) for _ in range(turns))
 
@@ -200,10 +199,8 @@ def memory(device: str, steps: int) -> dict[str, float]:
 
 
 def slope(measured: dict[str, list[float]]) -> float:
-    """Least-squares slope of log time against log members, time being the least of the repeats."""
-    points = [(math.log(n), math.log(n * min(measured[f"members_{n}"]))) for n in SIZES]
-    x, y = (sum(p[i] for p in points) / len(points) for i in (0, 1))
-    return round(sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points), 3)
+    """Median over turns of the slope of log time against log members."""
+    return round(statistics.median(slopes({n: [n * t for t in measured[f"members_{n}"]] for n in SIZES})), 3)
 
 
 def ratios_of(measured: dict[str, list[float]], with_jax: bool) -> dict[str, float | None]:
