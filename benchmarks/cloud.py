@@ -10,9 +10,9 @@ that of descentlab:
   not, loss alone; null without JAX.
 
 ``slope``: of the logarithm of a stage's processor time, start included, against the logarithm of runs (1 is linear): of
-four numbers of runs in turn, three times (``--quick``: three, once); the median over turns. ``memory_runs`` and
-``memory_steps``: peak memory of a stage with eight times the runs (``--quick``: four) and four times the steps over one
-without (1 is flat).
+four numbers of runs in turn, three times; the median over turns (``--quick``: null, the start counts too much).
+``memory_runs`` and ``memory_steps``: peak memory of a stage with 8 times the runs (``--quick``: 4) and 4 times
+the steps over that of one without (1 is flat).
 """
 
 from __future__ import annotations
@@ -123,24 +123,34 @@ def main() -> None:
             for name in ("loop", *(("jax",) if with_jax else ())):
                 other = in_process(base, name, runs, 240)
                 found[name].append(1e6 * other["wall_s"] / other["made"])
-        sizes = (runs // 4, runs // 2, runs) if given.quick else (runs // 2, runs, 2 * runs, 4 * runs)
+        sizes = (runs // 4, runs) if given.quick else (runs // 2, runs, 2 * runs, 4 * runs)
         sized: dict[int, list[dict[str, float]]] = {n: [] for n in sizes}
         for repeat in range(repeats):
-            for n in sizes:
+            for n in sizes if repeat % 2 == 0 else reversed(sizes):
                 sized[n].append(in_process(_copy(base, folder, f"s{n}-{repeat}"), "cloud", n, steps))
         long = in_process(_copy(base, folder, "long"), "cloud", sizes[0], 4 * steps)
     least, most = (sized[n][0]["peak_mb"] for n in (sizes[0], sizes[-1]))
-    each = slopes({n: [one["cpu_s"] for one in turns] for n, turns in sized.items()})
+    each = [round(s, 3) for s in slopes({n: [one["cpu_s"] for one in turns] for n, turns in sized.items()})]
     ratios = {
         "vs_loop": median_ratio(found["loop"], found["cloud"]),
         "vs_jax": median_ratio(found["jax"], found["cloud"]) if with_jax else None,
-        "slope": round(statistics.median(each), 3),
+        "slope": None if given.quick else round(statistics.median(each), 3),
         "memory_runs": round(most / least, 3),
         "memory_steps": round(long["peak_mb"] / least, 3),
     }
     micro = {name: spread(values) for name, values in found.items() if values}
     cpu = {f"{n} runs": spread([one["cpu_s"] for one in turns]) for n, turns in sized.items()}
-    emit("cloud", ratios, repeats, microseconds=micro, cpu_seconds=cpu, runs=runs, steps=steps, peak_mb=round(most))
+    emit(
+        "cloud",
+        ratios,
+        repeats,
+        microseconds=micro,
+        cpu_seconds=cpu,
+        slopes=each,
+        runs=runs,
+        steps=steps,
+        peak_mb=round(most),
+    )
 
 
 def _copy(base: Path, folder: str, name: str) -> Path:

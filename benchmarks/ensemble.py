@@ -21,7 +21,7 @@ Ratios are time per member-step of the other over time per member-step of descen
 Others: ``store_share``, the share of the processor time of a default step that goes into making and writing rows, a
 part every 60,000 rows (``run`` writes one every 65,536); ``slope``, of the logarithm of processor time against the
 logarithm of members, the median over turns, one process, 500 to 2,000 members in blocks of 500, whole epochs, so that
-every turn draws a permutation per member and epoch, and measurements about equally long; ``memory_steps`` and
+every turn draws a permutation per member and epoch; every size is measured for about equally long; ``memory_steps`` and
 ``memory_members``, peak memory with four times the steps and four times the members over that without. ``--quick``
 leaves out what the bounds do not need (null).
 """

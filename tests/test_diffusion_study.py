@@ -22,6 +22,7 @@ from descentlab.core.streams import Streams
 from descentlab.launch import api
 from descentlab.launch.block import run_block
 from descentlab.launch.plan import program_of
+from descentlab.studies.diffusion.clouds import Stages, clouds_of
 from descentlab.studies.diffusion.report import build
 from descentlab.studies.diffusion.setups import FOLDER, settings
 from descentlab.studies.diffusion.spec import INPUTS, STUDY
@@ -129,16 +130,28 @@ def test_the_score_can_be_recomputed_from_what_is_stored(done: Path) -> None:
 
 
 def test_two_predictions_of_one_cloud_are_both_reported(tmp_path: Path) -> None:
-    """A grid over what is made of a cloud alone. Fails when the second cell, which has no runs of its own, is left out
-    of the report, or is given the first one's prediction."""
+    """A grid over theory alone: the second cell has no runs of its own but its score. Fails when that cell is left out
+    of the report or given the other's score, even while its own is missing, and when a cloud without runs is an error.
+    """
     out = study(tmp_path / "out", "theory.closure=linear,gaussian", "stage=score", "runs=12")
-    assert len(blocks(out, "sgd_cloud")) == 1 and len(blocks(out, "score")) == 2
     summary = json.loads((out / "report" / "summary.json").read_text())
-    found = {
-        closure: summary[f"diffusion/lr=0.05/theory={closure}/relative_error_all"]["value"]
-        for closure in ("linear", "gaussian")
-    }
-    assert found["linear"] != found["gaussian"]
+    plan = json.loads((out / "plan.json").read_text())["blocks"]
+    scores = {b["settings"]["theory"]["closure"]: out / "blocks" / b["key"] for b in plan if b["stage"] == "score"}
+    assert len(blocks(out, "sgd_cloud")) == 1 and len(scores) == 2
+    errors = []
+    for closure, folder in scores.items():
+        held = arrays(folder / "artifacts", "score.npz")
+        a, b = (np.einsum("ji,jk,ki->i", held["eigenvectors"], held[k], held["eigenvectors"]) for k in ("V", "Vhat"))
+        live = b > 1e-12 * b.max()
+        errors.append(float(np.sqrt(np.mean((a[live] / b[live] - 1) ** 2))))
+        told = summary[f"diffusion/lr=0.05/theory={closure}/relative_error_all"]["value"]
+        assert told == pytest.approx(errors[-1], rel=1e-9)
+    assert errors[0] != errors[1]
+    (scores["gaussian"] / "done.json").unlink()
+    results = store.load(out)
+    assert [c.name for c in clouds_of(results, Stages.of(results))] == ["lr=0.05"]
+    (blocks(out, "sgd_cloud")[0].parent / "done.json").unlink()
+    build(store.load(out))
 
 
 def test_validation_losses(done: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, final
 
 from ..core.errors import UserError
 from ..core.network import LOOPBACK
+from ..core.signals import warnings_held_back
 from .transport import Answers, Arrival, Crewing
 
 SHARED_FROM = 2**16  # bytes of a message from which shared memory is the faster way
@@ -146,7 +147,8 @@ class LocalProcesses:
         who = (worker, seat.starts, self._key)
         arguments = (who, self._listener.getsockname(), seat.memory, sizes, self._crewing.make(worker))
         seat.process = self._context.Process(target=_main, args=arguments, daemon=True, name=f"worker {worker}")
-        seat.process.start()
+        with warnings_held_back():
+            seat.process.start()
         self._selector.register(seat.process.sentinel, selectors.EVENT_READ, ("process", worker))
 
     def outbox(self, worker: int) -> memoryview:

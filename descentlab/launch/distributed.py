@@ -15,6 +15,7 @@ from typing import Any
 
 from ..cluster.namespaces import Shape, change, end_with_parent, network
 from ..core.errors import StudyError
+from ..core.signals import warnings_held_back
 from ..store import RunDirectory
 from ..store.claim import Claim
 from ..store.parts import read_cover
@@ -47,11 +48,13 @@ def run_distributed(
             return "interrupted"
         rates, held = _Rates(getattr(cell, "link", None), namespaces), read_cover(folder)
         rates.reach(held.step if held else 0)  # before the processes measure the link they go on over
-        with subprocess.Popen(
-            command(directory.path, block.key, cell.workers, cell.restarts),
-            env=environment(namespaces),
-            preexec_fn=end_with_parent,  # so that nothing is left when this process is killed
-        ) as process:
+        with warnings_held_back():
+            started = subprocess.Popen(
+                command(directory.path, block.key, cell.workers, cell.restarts),
+                env=environment(namespaces),
+                preexec_fn=end_with_parent,  # so that nothing is left when this process is killed
+            )
+        with started as process:
             try:
                 interrupted = _watch(process, folder, claim, tick, stop, rates)
             finally:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import StudyError, UserError
+from ..core.signals import warnings_held_back
 
 POLL_S = 0.1
 DIED = "the worker process ended by"
@@ -77,14 +78,15 @@ class Pool:
         libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
         one_thread = dict.fromkeys(libraries, "1")
         paths = os.pathsep.join(p for p in sys.path if p)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "descentlab.launch.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **one_thread, "PYTHONPATH": paths},
-            start_new_session=True,  # Ctrl-C reaches the parent only, which asks the workers to stop
-        )
+        with warnings_held_back():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "descentlab.launch.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **one_thread, "PYTHONPATH": paths},
+                start_new_session=True,  # Ctrl-C reaches the parent only, which asks the workers to stop
+            )
         worker = _Worker(process)
         threading.Thread(target=self._read, args=(worker,), daemon=True).start()
         return worker

@@ -2,14 +2,15 @@
 
 A job never asks sacct for anything and talks to Slurm only to be requeued. It is warned ``signal_s`` before its time
 limit and on preemption by submitit's signal (USR2 unless ``SUBMITIT_PREEMPT_SIGNAL`` says otherwise): it then ends the
-update it is in, writes a checkpoint and goes back into the queue. A signal that comes while Python starts waits until
-somebody can answer it. SIGTERM alone (``scancel``, or a preemption after which Slurm requeues by itself) does the same
-without the queue.
+update it is in, writes a checkpoint and goes back into the queue. SIGTERM alone (``scancel``, or a preemption after
+which Slurm requeues by itself) does the same without the queue. The preemption signal, not SIGTERM, is held back while
+Python starts.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import signal
 import sys
@@ -47,9 +48,9 @@ BUSY = (  # what Slurm says when the same submission may well be accepted a litt
 )
 TAKE_OVER_S = 2 * LEASE_S  # a job waits as long for a block that a host which died seems to hold
 BOTH_SIGNALS_S = 2.0  # SIGTERM and the preemption signal may come one after the other
-HOLD = (  # a program for ``python -c``: itself again with what follows, and one signal held back
-    "import os,signal,sys;signal.pthread_sigmask(signal.SIG_BLOCK,[signal.{}]);"
-    "os.execv(sys.executable,[sys.executable,*sys.argv[1:]])"
+HOLD = (  # a program for ``python … -P -S -c``: itself again with what follows, and one signal held back
+    "import os,signal,sys;signal.pthread_sigmask(signal.SIG_BLOCK,[signal.{}]);o=sys.orig_argv;"
+    "os.execv(sys.executable,[sys.executable,*o[1:o.index('-P')],*sys.argv[1:]])"
 )
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ class _Signals:
     """Which signals came, and submitit's own answer to them, to be given once a checkpoint is written."""
 
     def __init__(self) -> None:
-        self.preempted = JobEnvironment._usr_sig()
+        self.preempted = _preemption()
         self.seen: list[int] = []
         self.answers = {n: signal.signal(n, self._note) for n in (self.preempted, signal.SIGTERM)}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [self.preempted])  # held back since Python started (_python)
@@ -201,7 +202,16 @@ def make_executor(path: Path, study: str, profile: Profile, code: Path) -> submi
 def _python(profile: Profile) -> str:
     """The command that starts Python, with the preemption signal held back: before somebody answers it, it kills."""
     python = profile.python or shlex.quote(sys.executable)
-    return f"{python} -I -S -c {shlex.quote(HOLD.format(JobEnvironment._usr_sig().name))}"
+    return f"{python} -P -S -c {shlex.quote(HOLD.format(_preemption().name))}"
+
+
+def _preemption() -> signal.Signals:
+    """The signal that submitit answers by putting the job back into the queue."""
+    try:
+        return signal.Signals(JobEnvironment._usr_sig())
+    except RuntimeError:
+        name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL")
+        raise UserError("SUBMITIT_PREEMPT_SIGNAL", name, "the name of a signal without SIG, such as USR2") from None
 
 
 def _environment(code: Path) -> list[str]:

@@ -13,9 +13,10 @@ import numpy as np
 from ...analysis.results import ResultsLike, value_text
 from ...core.errors import StudyError
 from ...store import RunDirectory
+from .spec import OF_ALL, READS
 
 Arrays = Mapping[str, np.ndarray]
-NAMING = ("dataset", "model", "dtype", "batch_size", "seed", "theory", "control")  # what else tells clouds apart
+NAMING = ("dataset", "model", "dtype", "batch_size", "seed", "theory")  # what else tells clouds apart
 SPECTRA = ("eigenvalues", "nodes")  # of hessians.npz, [runs, steps, ...]
 FILES = {
     "sgd": "theta.npz",
@@ -102,42 +103,43 @@ class Cloud:
 
 
 def clouds_of(results: ResultsLike, stages: Stages) -> list[Cloud]:
-    """Every cloud of the study, by learning rate and loader: ``lr=0.01`` with replacement, ``lr=0.01/shuffle``. Cells
-    that differ in what is made of a cloud alone (theory, control) share its runs and are clouds of their own."""
+    """Every cloud of the study, by learning rate and loader: ``lr=0.01`` with replacement, ``lr=0.01/shuffle``. A cell
+    that differs from another in its theory alone has no runs of its own but its score: it is a cloud of the other's
+    runs."""
     cells: dict[int, Mapping[str, Any]] = {}
-    owners: dict[str, int] = {}
-    members: dict[int, list[Mapping[str, Any]]] = {}
+    owned: dict[int, set[str]] = {}
+    scored: dict[int, set[str]] = {}
     for run in results.runs:
-        cell = owners[str(run["id"])] = int(run["cell"])
+        cell = int(run["cell"])
         cells.setdefault(cell, run["settings"])
-        if run["role"] in ("sgd_cloud", "score", "gd_control"):
-            members.setdefault(cell, [])
-    for block in stages.named("sgd_cloud"):
-        members[next(owners[str(r)] for r in block["runs"] if str(r) in owners)].append(block)
-    for cell in [cell for cell, own in members.items() if not own]:
-        members[cell] = _alike(stages.named("sgd_cloud"), cells[cell], "sgd_cloud")
+        for role, where in (("sgd_cloud", owned), ("score", scored)):
+            if run["role"] == role:
+                where.setdefault(cell, set()).add(str(run["id"]))
+    members = {
+        cell: [b for b in stages.named("sgd_cloud") if not own.isdisjoint(b["runs"])] for cell, own in owned.items()
+    }
+    for cell in scored.keys() - owned.keys():
+        needed = {k for b in stages.named("score") if scored[cell] & set(b["runs"]) for k in b["needs"]["sgd_cloud"]}
+        if needed:
+            members[cell] = [b for b in stages.named("sgd_cloud") if b["key"] in needed]
     names = _names({cell: cells[cell] for cell in members})
     found = []
     for cell, blocks in sorted(members.items(), key=lambda item: _order(cells[item[0]])):
-        keys = {b["key"] for b in blocks}
-        after = {
-            stage: _after(stages.named(stage), keys, cell, owners)
-            for stage in ("score", "val_loss", "statistics", "language")
-        }
-        control = next(iter(_alike(stages.named("gd_control"), cells[cell], "gd_control")), None)
-        hessians = _alike(stages.named("hessians"), cells[cell], "hessians")
-        settings = cells[cell]
+        settings, keys = cells[cell], {b["key"] for b in blocks}
+        after = {stage: _after(stages.named(stage), keys, settings, stage) for stage in OF_ALL}
+        control = next(iter(_alike(stages.named("gd_control"), settings, "gd_control")), None)
+        hessians = _alike(stages.named("hessians"), settings, "hessians")
         own_blocks = (after["score"], after["val_loss"], blocks, control, hessians)
         found.append(Cloud(names[cell], settings, *own_blocks, after["statistics"], after["language"]))
     return found
 
 
 def _after(
-    blocks: Sequence[Mapping[str, Any]], keys: set[str], cell: int, owners: Mapping[str, int]
+    blocks: Sequence[Mapping[str, Any]], keys: set[str], settings: Mapping[str, Any], stage: str
 ) -> Mapping[str, Any] | None:
-    """The block of a stage that is made of the cloud ``keys``: the cell's own, or one that it shares."""
+    """The block of a stage that was made of the cloud ``keys`` with the cell's own settings."""
     made = [b for b in blocks if keys & set(b["needs"]["sgd_cloud"])]
-    return next((b for b in made if cell in {owners.get(str(r)) for r in b["runs"]}), next(iter(made), None))
+    return next((b for b in made if all(b["settings"][k] == settings[k] for k in READS[stage])), None)
 
 
 def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -146,9 +148,9 @@ def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _alike(blocks: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], stage: str) -> list[Mapping[str, Any]]:
     """The blocks of a stage that agree with a cloud's settings: of the control in the optimizer and what theta* is made
-    of, of the runs along which Hessians were measured, and of the cloud itself, in the loader as well."""
+    of, of the runs along which Hessians were measured in the loader as well."""
     keys = ["dataset", "splits", "model", "dtype", "seed", "batch_size", "reference", "optimizer"]
-    keys += {"gd_control": ["control"], "hessians": ["sampler", "hessians"], "sgd_cloud": ["sampler", "cloud"]}[stage]
+    keys += ["control"] if stage == "gd_control" else ["sampler", "hessians"]
 
     def same(key: str, found: Mapping[str, Any]) -> bool:
         if key != "hessians":
@@ -183,5 +185,5 @@ def _names(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _text(value: Any, key: str) -> str:
-    shown = {"theory": "closure", "control": "scaling"}.get(key, "name")
+    shown = "closure" if key == "theory" else "name"
     return str(value[shown]) if isinstance(value, Mapping) and shown in value else str(value)

@@ -100,6 +100,8 @@ def measure(results: ResultsLike, stages: Stages, cloud: Cloud) -> Measured:
             if end is not None:
                 found.add(GD, float(loss.mean()) - end, [m - end for m in means])
         found.add("test loss", start)
+    if not cloud.members:
+        return found
     before = stages.before(cloud.members[0], "curvature")
     if before:
         _landscape(found, stages.arrays(before[0]))
@@ -209,9 +211,12 @@ def planned(measured: Sequence[Measured]) -> Iterator[Planned]:
         for quantity in QUANTITIES:
             if quantity in _LANDSCAPE and not _apart(settings[a], settings[b]) & OF_THETA:
                 continue  # one and the same theta*
+            if quantity != "prediction error" and _apart(settings[a], settings[b]) == {"theory"}:
+                continue  # one and the same cloud
             if any(quantity in one.values for one in variants[b].values()):
                 yield Planned(name, quantity, variants[a], variants[b])
     against = [key for key, own in variants.items() if any(GD in one.values for one in own.values())]
+    against = list({str([settings[k].get(axis) for axis in AXES if axis != "theory"]): k for k in against}.values())
     for key, where in zip(against, _distinct([partial(_where, settings[k], every) for k in against]), strict=True):
         yield Planned(f"SGD - gradient descent{where}", GD, {}, variants[key])
 

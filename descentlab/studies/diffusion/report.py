@@ -326,7 +326,7 @@ def _reference(
         cells = {str(run["id"]): int(run["cell"]) for run in results.runs if run["role"] == "sgd_cloud"}
         for cloud in clouds[:CLOUDS]:
             cell = next((cells[r] for b in cloud.members for r in b["runs"] if r in cells), None)
-            part = moments.filter(pl.col("cell") == cell, pl.col("observable") == "train_loss")
+            part = moments.filter(pl.col("cell").eq_missing(cell), pl.col("observable") == "train_loss")
             if part.height:
                 held[cloud.name] = part.sort("step")
     caption = "Loss through the stages; of the clouds the mean over runs with its 95 % interval."
@@ -365,7 +365,7 @@ def _curvature(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Map
         caption = "Exact covariance of single-sample gradients along the Hessian's eigenvectors, all training data."
         blocks.append(FigureBlock("alignment", picture, caption, "Gradient noise against curvature"))
     own = [c for c in clouds if c.name in arrays and c.sampler == "replacement" and "Vhat" in arrays[c.name]]
-    if dense and len(own) > 1 and curvature:
+    if dense and len({c.lr for c in own}) > 1 and curvature:
         traces = [trace_item(arrays[c.name]) for c in own]
         ends = np.array(
             [[t.value, t.value if t.low is None else t.low, t.high or t.value] for t in traces], dtype=float
