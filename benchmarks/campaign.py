@@ -15,7 +15,8 @@ types of one replicate hit at the same step, so the 18 faulted runs and their tw
   scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
 - ``slope``: of the logarithm of processor seconds (planning, training, table; one process) against the logarithm of
   the number of runs, MLP-386, in blocks of 108 runs (three replicates). All numbers are taken in turn, three times
-  (``--quick``: once); a turn gives a slope, and the median of those counts, since the machine's speed drifts.
+  (``--quick``: once), small campaigns so often that all numbers take about as long and are disturbed as much.
+  A turn gives a slope, and the median of those counts, since the machine's speed drifts.
 
 ``--quick``: one optimizer, fewer replicates, the slope over three numbers of runs; once.
 """
@@ -37,8 +38,7 @@ FAULTS = (
     "INPUT,INPUT_16,WT,WT_16,RBFLIP,RD,RD_CORRECT,ZERO,N16_RD,N16_RD_CORRECT,RD_GLB,RD_CORRECT_GLB,"
     "N64_INPUT,N64_WT,N64_INPUT_16,N64_WT_16,N64_INPUT_GLB,N64_WT_GLB"
 )
-REPLICATES = (24, 48, 96, 192)  # for the slope: 8 to 64 blocks; fewer take so short that the machine's noise counts
-QUICK_REPLICATES = (12, 24, 48)
+REPLICATES = (12, 24, 48, 96)  # for the slope: 4 to 32 blocks; of fewer, planning is a good part of the cost
 FULL_LATE = ["fault.step=600", "recovery_steps=20"]
 QUICK_LATE = ["optimizer=adam", "fault.step=600", "recovery_steps=10", "processes=1"]
 SHORT = ["model=mlp", "optimizer=adam", f"fault={FAULTS}", "fault.step=10", "recovery_steps=20"]
@@ -55,12 +55,16 @@ def studies(quick: bool) -> dict[str, list[str]]:
     }
 
 
-def cost(replicates: int, folder: Path) -> float:
-    """Processor seconds of a short campaign in this process."""
-    gc.collect()  # what the turn before has left is not this one's cost
-    started = time.process_time()
-    study([*SHORT, f"cases={replicates}", "members_per_block=108"], folder / f"slope-{replicates}", launcher="local")
-    return time.process_time() - started
+def cost(replicates: int, folder: Path, times: int = 1) -> float:
+    """Processor seconds of a short campaign in this process, the mean of several."""
+    total = 0.0
+    for _ in range(times):
+        gc.collect()  # what the one before has left is not this one's cost
+        started = time.process_time()
+        words = [*SHORT, f"cases={replicates}", "members_per_block=108"]
+        study(words, folder / f"slope-{replicates}", launcher="local")
+        total += time.process_time() - started
+    return total / times
 
 
 def main() -> None:
@@ -89,7 +93,8 @@ def main() -> None:
         }
         steps = {n: round(from_scratch(folder / n) / member_steps(folder / n), 2) for n in ("mlp", "shared")}
         cost(1, folder)  # imports, data
-        turns_of_cost = {str(n): lambda n=n: cost(n, folder) for n in (QUICK_REPLICATES if quick else REPLICATES)}
+        sizes = REPLICATES[:3] if quick else REPLICATES
+        turns_of_cost = {str(n): lambda n=n: cost(n, folder, max(sizes) // n) for n in sizes}
         costs = {int(n): values for n, values in alternate(turns_of_cost, repeats).items()}
     each = slopes(costs)
     ratios["slope"] = round(statistics.median(each), 3)
