@@ -14,9 +14,9 @@ types of one replicate hit at the same step, so the 18 faulted runs and their tw
   and one twin. From scratch three of the types are trained, in full for a quarter of the replicates, and the time is
   scaled to all member-steps. Both keep two processes busy, with ``--quick`` one.
 - ``slope``: of the logarithm of processor seconds (planning, training, table; one process) against the logarithm of
-  the number of runs, MLP-386, in blocks of 108 runs (three replicates). All numbers are taken in turn, three times
+  the number of runs, MLP-386, in blocks of 108 runs (three replicates). All numbers are taken in turn, nine times
   (``--quick``: once), small campaigns so often that all numbers take about as long and are disturbed as much.
-  A turn gives a slope, and the median of those counts, since the machine's speed drifts.
+  A turn gives a slope, and the median of those counts, since the machine's speed drifts from minute to minute.
 
 ``--quick``: one optimizer, fewer replicates, the slope over three numbers of runs; once.
 """
@@ -95,7 +95,7 @@ def main() -> None:
         cost(1, folder)  # imports, data
         sizes = REPLICATES[:3] if quick else REPLICATES
         turns_of_cost = {str(n): lambda n=n: cost(n, folder, max(sizes) // n) for n in sizes}
-        costs = {int(n): values for n, values in alternate(turns_of_cost, repeats).items()}
+        costs = {int(n): values for n, values in alternate(turns_of_cost, 1 if quick else 9).items()}
     each = slopes(costs)
     ratios["slope"] = round(statistics.median(each), 3)
     emit(
