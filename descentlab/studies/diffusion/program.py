@@ -30,10 +30,11 @@ from ...workloads.specs import Full, Replacement, Shuffle
 from ..training.spec import Splits
 from .directions import chosen_directions, group_variances, look_times, snapshot_times
 from .program_cloud import Looks, open_weights
-from .program_curvature import CurvatureAlong, dense_hessian, set_weights
+from .program_curvature import CurvatureAlong, dense_hessian, pieces, set_weights
 from .program_descent import Descent
 from .program_language import language, marks
 from .program_polish import polished
+from .program_pull import Pull
 from .program_theory import predict
 from .spec import INPUTS, LANGUAGE, OF_ALL, READS, SEMANTICS, DiffusionSpec
 from .statistics import measured
@@ -113,20 +114,28 @@ def stored(parts: Any, at: Mapping[str, np.ndarray]) -> tuple[Tree, Tree]:
     return params, {k: torch.from_numpy(np.asarray(at[f"buffer/{k}"])).to(b) for k, b in buffers.items()}
 
 
-def starting_at(parts: Any, at: Mapping[str, np.ndarray]) -> None:
-    """Let every member start from stored weights and buffers."""
-    params, buffers = stored(parts, at)
+def starting_at(parts: Any, cell: DiffusionSpec, at: Mapping[str, np.ndarray]) -> Pull:
+    """Let every member start from theta*, with the pull there is."""
+    (params, buffers), pull = stored(parts, at), Pull.of(cell, at)
     parts.fresh = lambda replicate: (params, buffers)
+    parts.many, parts.single = pull.on(parts.many), pull.on(parts.single)
+    return pull
 
 
 def descent(
-    bench: Bench, parts: Any, lr: float, steps: int, evaluations: int, at: Mapping[str, np.ndarray] | None
+    bench: Bench,
+    parts: Any,
+    lr: float,
+    steps: int,
+    evaluations: int,
+    at: Mapping[str, np.ndarray] | None,
+    pull: Pull | None = None,
 ) -> Descent:
     """One model's descent from stored weights, or from its initial ones; evaluated about so often."""
     params, buffers = parts.fresh(0) if at is None else stored(parts, at)
     start = {"params": stack([params]), "buffers": stack([buffers])}
     every, evaluate = max(1, steps // ROWS), max(1, steps // max(1, evaluations))
-    return Descent(bench, parts, lr, steps, every=every, evaluate_every=evaluate, start=start)
+    return Descent(bench, parts, lr, steps, every=every, evaluate_every=evaluate, start=start, pull=pull)
 
 
 def plain(cell: DiffusionSpec, lr: float, sampler: Any) -> DiffusionSpec:
@@ -180,9 +189,9 @@ def _judged(bench: Bench, cell: DiffusionSpec, start: dict[str, np.ndarray], las
         found["period_two"] = np.array(orbit.period_two)
     if own.polish != "none" and np.isfinite(start["theta"]).all():
         work = bench.workload(plain(cell, own.lr, Full()))
-        module = module_at(cell, work, start)
-        theta, path = polished(own.polish, module, work, start["theta"], own.polish_steps, own.tolerance, bench.advance)
-        start = {**start, "theta": theta}
+        asked = (own.polish_steps, own.tolerance, bench.advance, Pull.of(cell, found))
+        theta, path = polished(own.polish, module_at(cell, work, start), work, start["theta"], *asked)
+        start = {**start, "theta": theta.astype(cell.dtype).astype(np.float64)}  # as the runs will have it
         found["polish_gradients"] = np.array(path)
     return {**start, **found}
 
@@ -202,11 +211,12 @@ def _curvature(bench: Bench, cell: DiffusionSpec) -> None:
     if not np.isfinite(at["theta"]).all():
         raise StudyError("descent to theta* has diverged; lower reference.sgd.lr or reference.gd.lr")
     module, data = module_at(cell, work, at), (work.data.x_train, work.data.y_train)
-    hessian = dense_hessian(module, work.loss, data)
+    pull = Pull.of(cell, at)
+    hessian = pull.added(dense_hessian(module, work.loss, pieces(module, data)))
     bench.advance(0)
     noise = gradient_covariance(module, work.loss, data)
     values, vectors = np.linalg.eigh(hessian)
-    gradient, covariance = noise.mean.numpy(), noise.covariance.numpy()
+    gradient, covariance = noise.mean.numpy() + pull.gradient(at["theta"]), noise.covariance.numpy()
     arrays = {"hessian": hessian, "covariance": covariance, "gradient": gradient}
     bench.save("curvature.npz", {**arrays, "eigenvalues": values, "eigenvectors": vectors})
     row = {"grad_norm": np.linalg.norm(gradient), "lambda_max": values[-1], "lambda_min": values[0]}
@@ -217,10 +227,10 @@ def _hessians(bench: Bench, cell: DiffusionSpec) -> None:
     own, lr = cell.hessians, float(cell.optimizer.lr)
     parts = bench.parts(cell)
     parts.observables, parts.every, parts.evaluate_every = [BatchLoss(), GradientNorm()], 1, 0
-    starting_at(parts, bench.input("gd", "theta.npz"))
+    at, work = bench.input("gd", "theta.npz"), bench.workload(cell)
+    pull = starting_at(parts, cell, at)
     engine = bench.engine(parts, lr, own.steps)
-    work = bench.workload(cell)
-    along = CurvatureAlong(own, module_at(cell, work, bench.input("gd", "theta.npz")), work, bench.held())
+    along = CurvatureAlong(own, module_at(cell, work, at), work, pull, bench.held())
     each = np.zeros(len(bench.runs), dtype=np.int64)
 
     def look(state: State, step: int) -> None:
@@ -242,7 +252,7 @@ def _cloud(bench: Bench, cell: DiffusionSpec) -> dict[str, int]:
     bench.recorder = ReducingRecorder(keep_rows=True) if keep_rows else ReducingRecorder()
     parts = bench.parts(cell)
     parts.observables, parts.evaluate_every = [BatchLoss(), GradientNorm()], 0
-    starting_at(parts, at)
+    starting_at(parts, cell, at)
     engine = bench.engine(parts, lr, own.steps)
     epoch = parts.sampler.steps_per_epoch
     times = look_times(own.steps, own.looks, epoch, own.snapshots)
@@ -275,7 +285,7 @@ def _control(bench: Bench, cell: DiffusionSpec) -> Mapping[str, int]:
     n = len(sliced(load_data(cell.dataset), cell.splits.model_dump()).x_train)
     if cell.control.scaling == "B/N":
         lr *= cell.batch_size / n
-    made = descent(bench, bench.parts(plain(cell, lr, Full())), lr, steps, 20, at)
+    made = descent(bench, bench.parts(plain(cell, lr, Full())), lr, steps, 20, at, Pull.of(cell, at))
     times = look_times(steps, cell.cloud.looks, n // cell.batch_size, cell.cloud.snapshots)
     picked = chosen_directions(curvature["eigenvalues"], cell.cloud.projections)
     looks = Looks(times, (), at["theta"], curvature["eigenvectors"], picked, made.own)
@@ -354,7 +364,8 @@ def _score(bench: Bench, cell: DiffusionSpec) -> None:
     work = bench.workload(cell)
     module = module_at(cell, work, bench.of("curvature").input("gd", "theta.npz"))
     times = [int(t) for t in cloud["blocks"][0]["steps"]]
-    found = predict(cell, curvature, module, work, times, sorted(cloud["theta"]), bench.advance)
+    pull = Pull.of(cell, bench.of("curvature").input("gd", "theta.npz"))
+    found = predict(cell, curvature, module, work, pull, times, sorted(cloud["theta"]), bench.advance)
     for step, theta in cloud["theta"].items():
         alive = theta[np.isfinite(theta).all(axis=1)]
         ending = "" if step == max(cloud["theta"]) else f"_{step}"

@@ -14,6 +14,7 @@ from ...core.tree import Tree
 from ...observe.curvature import ROWS, hessian, top_k
 from ...observe.layered import recognise
 from ...observe.spectrum import spectral_density
+from .program_pull import Pull
 from .spec import HessianRun
 
 ELEMENTS = 2**23  # numbers kept for the rows of a Hessian at once by the general route
@@ -28,24 +29,26 @@ def set_weights(module: nn.Module, theta: np.ndarray) -> None:
             p.copy_(torch.from_numpy(np.ascontiguousarray(piece.reshape(p.shape))))
 
 
-def dense_hessian(module: nn.Module, loss: Loss, data: tuple[Tensor, Tensor]) -> np.ndarray:
-    """The Hessian ``[D, D]`` of the mean loss over ``data``, float64, of a model whose samples do not mix.
-
-    A plain network takes all samples at once; any other so many that what is kept for a few rows stays small.
-    """
+def pieces(module: nn.Module, data: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """``data`` of a model whose samples do not mix, cut for derivatives: a plain network takes all samples at once, any
+    other so many that what is kept for a few rows of a Hessian stays small."""
     x, y = data
     if recognise(module) is not None:
-        return hessian(module, loss, (x, y)).numpy(force=True)
+        return [(x, y)]
     at_once = max(1, ELEMENTS // (ROWS * max(1, footprint(module, x).kept)))
-    parts = [(x[i : i + at_once], y[i : i + at_once]) for i in range(0, len(x), at_once)]
-    return hessian(module, loss, parts).numpy(force=True)
+    return [(x[i : i + at_once], y[i : i + at_once]) for i in range(0, len(x), at_once)]
+
+
+def dense_hessian(module: nn.Module, loss: Loss, parts: list[tuple[Tensor, Tensor]]) -> np.ndarray:
+    """The Hessian ``[D, D]`` of the mean loss over all samples of the :func:`pieces`, float64."""
+    return hessian(module, loss, parts if len(parts) > 1 else parts[0]).numpy(force=True)
 
 
 class CurvatureAlong:
     """Eigenvalues along several runs, as the settings ask; ``held`` as a checkpoint has kept it."""
 
-    def __init__(self, own: HessianRun, module: nn.Module, work: Any, held: Tree) -> None:
-        self.own, self.module, self.work = own, module, work
+    def __init__(self, own: HessianRun, module: nn.Module, work: Any, pull: Pull, held: Tree) -> None:
+        self.own, self.module, self.work, self.pull = own, module, work, pull
         self._kept: dict[str, dict[int, dict[int, np.ndarray]]] = {}  # name -> run -> step
         self._sums: dict[int, np.ndarray] = {}
         for key, value in held.items():
@@ -72,11 +75,17 @@ class CurvatureAlong:
         k = self.own.k
         if self.own.method == "top_k":
             top = top_k(self.module, self.work.loss, data, k)
-            return {"eigenvalues": top.values.numpy(force=True), "vectors": top.vectors.numpy(force=True)}
+            return {
+                "eigenvalues": top.values.numpy(force=True) + self.pull.gamma,
+                "vectors": top.vectors.numpy(force=True),
+            }
         if self.own.method == "density":
             found = spectral_density(self.module, self.work.loss, data)
-            return {"nodes": found.nodes.numpy(force=True), "weights": found.weights.numpy(force=True)}
-        matrix = dense_hessian(self.module, self.work.loss, data)
+            return {
+                "nodes": found.nodes.numpy(force=True) + self.pull.gamma,
+                "weights": found.weights.numpy(force=True),
+            }
+        matrix = self.pull.added(dense_hessian(self.module, self.work.loss, pieces(self.module, data)))
         self._sums[run] = self._sums[run] + matrix if run in self._sums else matrix
         values, vectors = np.linalg.eigh(matrix)
         return {"eigenvalues": values, "vectors": vectors[:, ::-1][:, :k]}

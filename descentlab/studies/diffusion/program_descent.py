@@ -17,6 +17,7 @@ from ...core.protocols import Selection
 from ...core.state import State
 from ...core.tree import Tree
 from ...engine.work import VmapWork
+from .program_pull import Pull
 
 HELD = 5000  # rows before they are written
 
@@ -38,11 +39,13 @@ class Descent:
         every: int,
         evaluate_every: int,
         start: Mapping[str, Any],
+        pull: Pull | None = None,
     ) -> None:
         self.bench, self.parts, self.lr, self.steps = bench, parts, lr, steps
         self.every, self.evaluate_every, self.step, self.lost = every, evaluate_every, 0, -1
         self.own: Tree = {}
-        self._work = parts.single if isinstance(parts.many, VmapWork) else parts.many  # one member needs no vmap
+        work = parts.single if isinstance(parts.many, VmapWork) else parts.many  # one member needs no vmap
+        self._work = pull.on(work) if pull is not None else work
         params, buffers = start["params"], start["buffers"]
         if bench.saved is not None:
             held, self.step = bench.saved

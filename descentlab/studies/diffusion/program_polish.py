@@ -9,14 +9,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .program_curvature import dense_hessian, set_weights
+from .program_curvature import dense_hessian, pieces, set_weights
+from .program_pull import Pull
 
 
-def _slope(module: nn.Module, work: Any) -> tuple[float, np.ndarray]:
-    """Loss and gradient ``[D]`` of all training data, in float64."""
-    value = work.loss(module(work.data.x_train), work.data.y_train)
-    parts = torch.autograd.grad(value, list(module.parameters()))
-    return float(value.detach()), torch.cat([g.flatten() for g in parts]).double().numpy(force=True)
+class Objective:
+    """The loss of all training data with the pull, in float64."""
+
+    def __init__(self, module: nn.Module, work: Any, pull: Pull) -> None:
+        self.module, self.pull, self.loss = module.double(), pull, work.loss
+        x, y = (t.double() if t.is_floating_point() else t for t in (work.data.x_train, work.data.y_train))
+        self.pieces, self.params = pieces(module, (x, y)), list(module.parameters())
+
+    def theta(self) -> np.ndarray:
+        """Weights ``[D]``."""
+        return torch.cat([p.detach().flatten() for p in self.params]).numpy(force=True)
+
+    def slope(self) -> tuple[float, np.ndarray]:
+        """Value and gradient ``[D]``."""
+        samples = sum(len(y) for _, y in self.pieces)
+        value, gradient = 0.0, np.zeros(sum(p.numel() for p in self.params))
+        for x, y in self.pieces:
+            part, share = self.loss(self.module(x), y), len(y) / samples
+            value += share * float(part.detach())
+            slopes = torch.autograd.grad(part, self.params)
+            gradient += share * torch.cat([g.flatten() for g in slopes]).numpy(force=True)
+        theta = self.theta()
+        return value + self.pull.value(theta), gradient + self.pull.gradient(theta)
+
+    def hessian(self) -> np.ndarray:
+        """``[D, D]``."""
+        return self.pull.added(dense_hessian(self.module, self.loss, self.pieces))
 
 
 def polished(
@@ -27,42 +50,49 @@ def polished(
     steps: int,
     tolerance: float,
     advance: Callable[[], None],
+    pull: Pull | None = None,
 ) -> tuple[np.ndarray, list[float]]:
-    """(weights, gradient norms on the way). ``lbfgs`` lowers the loss; ``newton`` lowers the gradient's norm
-    (Levenberg-Marquardt), so it stops at the critical point next to the start, which may be a saddle."""
+    """(weights, gradient norms on the way), of the loss with the ``pull``. ``lbfgs`` lowers the loss; ``newton`` lowers
+    the gradient's norm (Levenberg-Marquardt), so it stops at the critical point next to the start, which may be a
+    saddle."""
     set_weights(module, theta)
     make = _lbfgs if method == "lbfgs" else _newton
-    return make(module, work, theta, steps, tolerance, advance)
+    return make(Objective(module, work, pull or Pull()), steps, tolerance, advance)
 
 
 def _lbfgs(
-    module: nn.Module, work: Any, theta: np.ndarray, steps: int, tolerance: float, advance: Callable[[], None]
+    objective: Objective, steps: int, tolerance: float, advance: Callable[[], None]
 ) -> tuple[np.ndarray, list[float]]:
-    params = list(module.parameters())
     optimizer = torch.optim.LBFGS(
-        params, max_iter=20, history_size=50, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
+        objective.params,
+        max_iter=20,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
     )
+    cuts = np.cumsum([p.numel() for p in objective.params])[:-1]
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = work.loss(module(work.data.x_train), work.data.y_train)
-        value.backward()
-        return value
+        value, slope = objective.slope()
+        for p, g in zip(objective.params, np.split(slope, cuts), strict=True):
+            p.grad = torch.from_numpy(g).reshape(p.shape).to(p)
+        return torch.tensor(value, dtype=torch.float64)
 
-    path = [float(np.linalg.norm(_slope(module, work)[1]))]
+    path = [float(np.linalg.norm(objective.slope()[1]))]
     for _ in range(0, steps, 20):
         optimizer.step(closure)
         advance()
-        path.append(float(np.linalg.norm(_slope(module, work)[1])))
+        path.append(float(np.linalg.norm(objective.slope()[1])))
         if path[-1] <= tolerance:
             break
-    return torch.cat([p.detach().flatten() for p in params]).double().numpy(force=True), path
+    return objective.theta(), path
 
 
 def _newton(
-    module: nn.Module, work: Any, theta: np.ndarray, steps: int, tolerance: float, advance: Callable[[], None]
+    objective: Objective, steps: int, tolerance: float, advance: Callable[[], None]
 ) -> tuple[np.ndarray, list[float]]:
-    gradient = _slope(module, work)[1]
+    theta, gradient = objective.theta(), objective.slope()[1]
     path, damping = [float(np.linalg.norm(gradient))], 1e-3
     matrix = None
     for _ in range(steps):
@@ -70,15 +100,15 @@ def _newton(
             break
         advance()
         if matrix is None:
-            matrix = dense_hessian(module, work.loss, (work.data.x_train, work.data.y_train))
+            matrix = objective.hessian()
             values, vectors = np.linalg.eigh(matrix)
         trial = theta - vectors @ (values / (values**2 + damping**2) * (vectors.T @ gradient))
-        set_weights(module, trial)
-        slope = _slope(module, work)[1]
+        set_weights(objective.module, trial)
+        slope = objective.slope()[1]
         if np.linalg.norm(slope) < path[-1]:
             theta, gradient, matrix, damping = trial, slope, None, damping / 3
             path.append(float(np.linalg.norm(gradient)))
         else:
             damping *= 4
-    set_weights(module, theta)
+    set_weights(objective.module, theta)
     return theta, path

@@ -13,7 +13,8 @@ from torch.func import functional_call, grad, vmap
 from ...core.streams import Streams
 from ...theory import diffusion
 from ...theory.closure import Averages, gaussian_closure
-from .program_curvature import dense_hessian, set_weights
+from .program_curvature import dense_hessian, pieces, set_weights
+from .program_pull import Pull
 from .spec import DiffusionSpec
 
 CHUNK_BYTES = 2**27  # single-sample gradients held at once
@@ -24,6 +25,7 @@ def predict(
     curvature: dict[str, np.ndarray],
     module: nn.Module,
     work: Any,
+    pull: Pull,
     times: Sequence[int],
     snapshots: Sequence[int],
     advance: Callable[[int], None],
@@ -41,7 +43,7 @@ def predict(
         found["independent_variances"] = np.stack([linear.variances(t, bridge=False) for t in times])
     if cell.theory.closure == "linear" or linear.heavy or linear.bridge:
         return {**found, "theory": np.array(linear.name)}
-    average, vectors = CloudAverages(cell, module, work, curvature, advance), curvature["eigenvectors"]
+    average, vectors = CloudAverages(cell, module, work, pull, curvature, advance), curvature["eigenvectors"]
     at, lr, own = sorted({*times, *snapshots}), float(cell.optimizer.lr), cell.theory
     along, kept = {}, {}
     for t, _, v in gaussian_closure(average, average.n, lr, at, batch_size=cell.batch_size, intervals=own.intervals):
@@ -107,14 +109,16 @@ class CloudAverages:
         cell: DiffusionSpec,
         module: nn.Module,
         work: Any,
+        pull: Pull,
         curvature: dict[str, np.ndarray],
         advance: Callable[[int], None],
     ) -> None:
         self.own, self.module, self.work, self.advance = cell.theory, module.double(), work, advance
+        self.pull = pull
         self.theta = torch.cat([p.detach().flatten() for p in module.parameters()]).double().numpy(force=True)
         self.n, self.streams, self.calls = len(self.theta), Streams(cell.seed), 0
         self.x, self.y = (t.double() if t.is_floating_point() else t for t in (work.data.x_train, work.data.y_train))
-        self.centre = curvature
+        self.centre, self.parts = curvature, pieces(self.module, (self.x, self.y))
 
     def __call__(self, mean: np.ndarray, covariance: np.ndarray) -> Averages:
         """See :data:`~descentlab.theory.closure.Average`."""
@@ -136,9 +140,9 @@ class CloudAverages:
             d = root @ self.generator.standard_normal(self.n)
             for point in (centre + d, centre - d):
                 set_weights(self.module, point)
-                total += dense_hessian(self.module, self.work.loss, (self.x, self.y))
+                total += dense_hessian(self.module, self.work.loss, self.parts)
                 self.advance(0)
-        return total / (2 * pairs)
+        return self.pull.added(total / (2 * pairs))
 
     def _noise(self, centre: np.ndarray, root: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n, pairs = len(self.x), self.own.draws
@@ -175,4 +179,5 @@ class CloudAverages:
             return self.work.vectorised_loss(functional_call(self.module, p, (a.unsqueeze(0),)), b.unsqueeze(0))
 
         found = vmap(grad(one))(stacked, self.x[part], self.y[part])
-        return torch.cat([found[name].reshape(len(theta), -1) for name in params], dim=1).numpy(force=True)
+        slopes = torch.cat([found[name].reshape(len(theta), -1) for name in params], dim=1).numpy(force=True)
+        return slopes + self.pull.gradient(theta)

@@ -64,12 +64,12 @@ def build(results: ResultsLike) -> Report:
         command=command_text(results, "diffusion"),
         contrasts=contrasts.table(answers),
         runs=ended,
-        notes=_notes(results, stages, waiting),
+        notes=_notes(results, stages, clouds, waiting),
         pdf=not is_brief(results),
     )
 
 
-def _notes(results: ResultsLike, stages: Stages, waiting: int) -> list[str]:
+def _notes(results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], waiting: int) -> list[str]:
     """What a reader must know first."""
     notes = [f"{waiting} of {len(results.runs)} runs have not ended; they are left out."] if waiting else []
     if any("running_mean" in name for block in stages.named("gd") for name in stages.arrays(block)):
@@ -77,7 +77,26 @@ def _notes(results: ResultsLike, stages: Stages, waiting: int) -> list[str]:
             "The model has BatchNorm: its runs mix the samples of a batch, theory takes them one by one in evaluation "
             "mode. Measured and predicted spread are not those of the same dynamics."
         )
-    return notes
+    return notes + [
+        f"The {stage} with {setting} is not shown: its cloud is that of another cell, which is shown with its own. A "
+        "directory of its own (--out) shows it."
+        for stage, setting in _hidden(stages, clouds)
+    ]
+
+
+def _hidden(stages: Stages, clouds: Sequence[Cloud]) -> list[tuple[str, str]]:
+    """(stage, setting) of finished controls and Hessians that no cloud is shown with."""
+    shown = [c.control for c in clouds if c.control is not None] + [b for c in clouds for b in c.hessians]
+    keys, found = {b["key"] for b in shown}, []
+    for stage, block in (("gd_control", "control"), ("hessians", "hessians")):
+        beside = [b["settings"][block] for b in shown if b["stage"] == stage]
+        for b in stages.named(stage):
+            if beside and b["key"] not in keys:
+                own = [
+                    f"{block}.{k} = {v}" for k, v in b["settings"][block].items() if v != beside[0][k] and k != "runs"
+                ]
+                found.append((stage, ", ".join([*own, f"lr = {b['settings']['optimizer']['lr']:g}"])))
+    return found
 
 
 def _losses(clouds: Sequence[Cloud], stages: Stages) -> dict[str, Mapping[str, np.ndarray]]:
@@ -407,6 +426,6 @@ METHOD = (
     "Directions are the eigenvectors of H at theta*. One predicted below 1e-12 of the largest variance is flat: it is "
     "counted, not scored. Intervals: jackknife over 20 groups of runs. The floor is the relative error of a perfect "
     "prediction with this number of runs, and its range that of clouds drawn from the prediction.",
-    "theta* is called critical only where its gradient is below reference.gd.tolerance and descent did not end in an "
-    "orbit of period two.",
+    "theta* is called critical only where its gradient is below reference.gd.tolerance, or below twice what rounding "
+    "the weights gives by itself, and descent did not end in an orbit of period two.",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from ...config.identity import canonical
 from ...config.tree import StudyDef, StudySpec
@@ -58,7 +58,7 @@ READS: dict[str, tuple[str, ...]] = {
     "language": (),
 }
 # stage -> its number, raised when the same settings make something else or in another shape; 1 where not named
-SEMANTICS = {"hessians": 2}
+SEMANTICS = {"gd": 2, "hessians": 2}
 LANGUAGE = ("nanogpt",)  # models that stage language is for
 
 
@@ -82,6 +82,11 @@ class Polish(Spec):
     )
     polish_steps: PositiveInt = Field(200, description="iterations of it at most")
     tolerance: PositiveFloat = Field(1e-6, description="largest gradient norm that still counts as critical")
+    localise: NonNegativeFloat = Field(
+        0.0,
+        description="strength of a pull towards where descent ended, part of the loss from the polish on: with enough "
+        "of it there is a minimum next to a point that is not critical",
+    )
 
 
 class Reference(Spec):
@@ -221,6 +226,10 @@ def check(cell: DiffusionSpec) -> None:
         raise UserError("stage", "language", f"another stage for model = {cell.model.name}, or model=nanogpt")
     if cell.schedule.name != "constant":
         raise UserError("schedule", cell.schedule.name, "constant: predictions are for one learning rate")
+    own = cell.reference.gd
+    if own.localise and own.polish == "none":
+        expected = "0 beside reference.gd.polish = none; with lbfgs or newton theta* becomes a minimum of loss and pull"
+        raise UserError("reference.gd.localise", own.localise, expected)
     if cell.observe.weights != "none" or cell.observe.extra:
         key = "observe.extra" if cell.observe.extra else "observe.weights"
         raise UserError(key, getattr(cell.observe, key[8:]), "nothing: this study records the weights itself")

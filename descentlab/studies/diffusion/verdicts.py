@@ -18,7 +18,11 @@ from .score import Bridge, Score, along, score
 
 @dataclass(frozen=True)
 class Point:
-    """theta*: gradient norm, extreme eigenvalues, how many of them are negative or zero, and how descent ended."""
+    """theta*: gradient norm, extreme eigenvalues, how many of them are negative or zero, and how descent ended.
+
+    ``rounding``: the gradient that rounding the weights to the study's dtype gives by itself; ``pull``: the strength of
+    the pull that is part of the loss here.
+    """
 
     gradient: float
     low: float
@@ -31,11 +35,18 @@ class Point:
     orbit_ratio: float
     polish: tuple[float, ...]
     rates: tuple[float, ...]
+    rounding: float = 0.0
+    pull: float = 0.0
 
     @property
     def critical(self) -> bool:
         """Whether this may be called a critical point."""
-        return self.gradient <= self.tolerance and (not self.orbit or len(self.polish) > 0)
+        return self.gradient <= self.limit and (not self.orbit or len(self.polish) > 0)
+
+    @property
+    def limit(self) -> float:
+        """The largest gradient that still counts as none: what was asked for, or twice what rounding gives."""
+        return max(self.tolerance, 2 * self.rounding)
 
     def items(self) -> dict[str, SummaryItem]:
         """For summary.json."""
@@ -43,6 +54,11 @@ class Point:
             "gradient_norm": (self.gradient, "norm of the gradient of all training data at theta*"),
             "lambda_min": (self.low, "smallest eigenvalue of the Hessian of all training data"),
             "lambda_max": (self.high, "largest eigenvalue of the Hessian of all training data"),
+            "gradient_rounding": (
+                self.rounding,
+                "gradient that rounding the weights to dtype gives by itself",
+            ),
+            "pull": (self.pull, "strength of the pull towards where descent ended, in gradient and Hessian"),
             "sharpness": (
                 self.lr * self.high / 2,
                 "learning rate of the descent x largest eigenvalue / 2; stable below 1",
@@ -50,7 +66,7 @@ class Point:
             "period_two": (float(self.orbit), "1 where descent ended in an orbit of period two"),
             "critical": (
                 float(self.critical),
-                f"1 where the gradient is below {self.tolerance:g} and there is no orbit",
+                f"1 where the gradient is below {self.limit:.3g} and there is no orbit",
             ),
         }
         return {f"diffusion/theta/{k}": plain_item(v, 1, text) for k, (v, text) in values.items()}
@@ -64,10 +80,16 @@ class Point:
             else f"Descent did not end in an orbit of period two (ratio of its last two steps "
             f"{self.orbit_ratio:.3g}; 0 would be one)."
         )
+        pull = (
+            f" Gradient, Hessian and clouds are those of loss + {self.pull:g} / 2 |theta - where descent ended|^2: "
+            "without it the eigenvalues are smaller by as much, and there is a gradient."
+            if self.pull
+            else ""
+        )
         return (
             f"|gradient| = {self.gradient:.3g}; eigenvalues of the Hessian from {self.low:.3g} to {self.high:.4g}, "
             f"{self.negative} negative and {self.flat} zero; lr lambda_max / 2 = {self.lr * self.high / 2:.3g} for the "
-            f"descent, for the clouds {rates} (stable below 1). {end}"
+            f"descent, for the clouds {rates} (stable below 1). {end}{pull}"
         )
 
 
@@ -93,7 +115,15 @@ def point_of(stages: Stages, results: ResultsLike) -> Point | None:
         float(theta["orbit_ratio"]),
         tuple(np.atleast_1d(theta.get("polish_gradients", np.array([]))).tolist()),
         tuple(rates),
+        _rounding(found["hessian"], theta["theta"], str(settings["dtype"])),
+        float(own.get("localise", 0.0)),
     )
+
+
+def _rounding(hessian: np.ndarray, theta: np.ndarray, dtype: str) -> float:
+    """Norm of H d for weights that are d off: each by an error spread evenly over one unit in its last place."""
+    unit = np.spacing(np.abs(theta).astype(dtype)).astype(np.float64)
+    return float(np.linalg.norm(hessian * unit) / np.sqrt(12))
 
 
 def point_verdict(point: Point) -> Verdict:
@@ -101,7 +131,8 @@ def point_verdict(point: Point) -> Verdict:
     if point.critical:
         kind = "a minimum" if not point.flat else f"no direction falls, {point.flat} are flat to second order"
         kind = f"a saddle with {point.negative} falling directions" if point.negative else kind
-        return Verdict(f"theta* is a critical point, {kind}: |gradient| = {point.gradient:.2g}", point.text())
+        of = f" of the loss with a pull of {point.pull:g} towards where descent ended" if point.pull else ""
+        return Verdict(f"theta* is a critical point{of}, {kind}: |gradient| = {point.gradient:.2g}", point.text())
     why = "descent goes round it in an orbit of period two" if point.orbit else f"|gradient| = {point.gradient:.2g}"
     return Verdict(f"theta* is not a critical point: {why}", point.text())
 

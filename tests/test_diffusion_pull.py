@@ -1,0 +1,164 @@
+"""The pull towards where descent ended: every stage has it, against algebra and plain loops; what rounding allows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_diffusion_polish import POINT, form
+from test_diffusion_study import BATCH, RUNS, STEPS, Plain, arrays, blocks, study
+
+from descentlab import store
+from descentlab.config.resolve import resolve
+from descentlab.core.errors import UserError
+from descentlab.core.streams import Streams
+from descentlab.launch.build import workload
+from descentlab.studies.diffusion import verdicts
+from descentlab.studies.diffusion.program_curvature import set_weights
+from descentlab.studies.diffusion.program_polish import polished
+from descentlab.studies.diffusion.program_pull import Pull
+from descentlab.studies.diffusion.program_theory import CloudAverages
+from descentlab.studies.diffusion.report import build
+from descentlab.theory.diffusion import finite_time_covariance
+
+GAMMA = 0.3
+WORDS = ("reference.gd.polish=lbfgs", "reference.gd.polish_steps=3000", f"reference.gd.localise={GAMMA}")
+
+
+class Pulled(Plain):
+    """The plain network with the pull written out."""
+
+    def __init__(self, anchor: np.ndarray) -> None:
+        super().__init__()
+        self.anchor = torch.from_numpy(anchor)
+
+    def loss(self, theta: torch.Tensor, index: np.ndarray | slice = slice(None)) -> torch.Tensor:
+        return super().loss(theta, index) + GAMMA / 2 * (theta - self.anchor).square().sum()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return study(tmp_path_factory.mktemp("pull") / "out", *WORDS, "theory.closure=linear")
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton"])
+def test_a_saddle_with_enough_pull_has_the_minimum_that_algebra_says(method: str) -> None:
+    """(A + gamma) theta = b + gamma anchor, with a curvature of -0.5. Fails without the pull in gradient or Hessian."""
+    module, work, _ = form([-0.5, 1.0, 3.0])
+    anchor = np.array([0.3, -1.0, 2.0])
+    theta, path = polished(method, module, work, np.zeros(3), 400, 1e-9, lambda: None, Pull(2.0, anchor))
+    a, b = module.a.numpy(), module.b.numpy()
+    assert path[-1] <= 1e-9 and np.allclose(theta, np.linalg.solve(a + 2 * np.eye(3), b + 2 * anchor), atol=1e-8)
+
+
+def test_every_stage_has_the_pull(done: Path) -> None:
+    """theta*, runs, control, Hessians and noise against the loss with the pull written out, by autograd. Fails when one
+    stage works without it, with another strength or towards another point."""
+    at = arrays(blocks(done, "gd")[0], "theta.npz")
+    theta, plain, streams = at["theta"], Pulled(at["gd_theta"]), Streams(0)
+    where = torch.from_numpy(theta).requires_grad_()
+    (slope,), (bare,) = (torch.autograd.grad(f(where), where) for f in (plain.loss, Plain().loss))
+    assert float(slope.norm()) < 1e-6 and float(bare.norm()) > 1e-3
+    found = arrays(blocks(done, "curvature")[0], "curvature.npz")
+    exact = torch.autograd.functional.hessian(plain.loss, where.detach()).numpy()
+    assert np.allclose(found["hessian"], exact, atol=1e-10) and np.allclose(
+        found["gradient"], slope.numpy(), atol=1e-12
+    )
+    each = torch.stack([torch.func.grad(plain.loss)(where.detach(), np.array([n])) for n in range(128)]).numpy()
+    assert np.allclose(found["covariance"], np.cov(each.T, bias=True), atol=1e-10)
+    drawn = {m: [streams.integers("order", 128, BATCH, replicate=m, step=t) for t in range(STEPS)] for m in (1, RUNS)}
+    cloud = arrays(blocks(done, "sgd_cloud")[0], "cloud.npz")
+    for member, batches in drawn.items():  # replicates count from 1
+        assert np.allclose(plain.descend(theta, 0.05, batches), cloud["snapshots"][-1, member - 1], atol=1e-12)
+    control = arrays(blocks(done, "gd_control")[0], "path.npz")["mean"][-1]
+    assert np.abs(control).max() < 1e-6  # descent from a critical point stays there
+    along = arrays(blocks(done, "hessians")[0], "hessians.npz")["eigenvalues"][0, 0]
+    of_batch = torch.autograd.functional.hessian(lambda t: plain.loss(t, drawn[1][0]), where.detach()).numpy()
+    assert np.allclose(along, np.linalg.eigvalsh(of_batch), atol=1e-10)
+
+
+def test_the_score_and_the_report_are_of_the_loss_with_the_pull(done: Path) -> None:
+    """Fails when theory leaves the pull out, or when the report says "critical" without saying of what."""
+    found, score = arrays(blocks(done, "curvature")[0], "curvature.npz"), arrays(blocks(done, "score")[0], "score.npz")
+    expected = finite_time_covariance(found["hessian"], found["covariance"] / BATCH, 0.05, STEPS)
+    assert np.allclose(score["Vhat"], expected, rtol=1e-9, atol=1e-18)
+    a, b = (np.einsum("ji,jk,ki->i", score["eigenvectors"], score[k], score["eigenvectors"]) for k in ("V", "Vhat"))
+    live = b > 1e-12 * b.max()
+    assert 0.8 < (a[live] / b[live]).mean() < 1.2
+    made = build(store.load(done))
+    says = next(v for v in made.verdicts if v.text.startswith("theta* is"))
+    assert says.text.startswith(f"theta* is a critical point of the loss with a pull of {GAMMA} towards where descent")
+    assert f"{GAMMA} / 2 |theta - where descent ended|^2" in says.detail
+    summary = json.loads((done / "report" / "summary.json").read_text())
+    assert summary["diffusion/theta/critical"]["value"] == 1 and summary["diffusion/theta/pull"]["value"] == GAMMA
+
+
+def test_averages_over_a_cloud_have_the_pull(done: Path) -> None:
+    """Of a cloud without spread, moved by m: gradient and Hessian of loss and pull there, by autograd. Fails when the
+    closure sees the loss alone."""
+    words = ["preset=default", "splits.train=train[:128]", "optimizer.lr=0.05"]
+    cell = resolve("diffusion", words, limit=None).cells[0]
+    at = arrays(blocks(done, "gd")[0], "theta.npz")
+    plain, work = Pulled(at["gd_theta"]), workload(cell)
+    module = work.module(Streams(0), 0)
+    set_weights(module, at["theta"])
+    pull = Pull(GAMMA, at["gd_theta"])
+    average = CloudAverages(cell, module, work, pull, {}, lambda done: None)
+    moved = np.random.default_rng(1).normal(size=386) * 0.02
+    found = average(moved, np.zeros((386, 386)))
+    where = torch.from_numpy(at["theta"] + moved).requires_grad_()
+    (slope,) = torch.autograd.grad(plain.loss(where), where)
+    assert np.allclose(found.gradient, slope.numpy(), atol=1e-12)
+    exact = torch.autograd.functional.hessian(plain.loss, where.detach()).numpy()
+    assert np.allclose(found.hessian, exact, atol=1e-10)
+
+
+def test_a_polished_point_is_one_that_the_runs_can_have(tmp_path: Path) -> None:
+    """float32: theta* is rounded to it, what is left of the gradient is about what rounding gives, and is called
+    critical. Fails when the polish works in float32, or rounding is not allowed for."""
+    words = ("reference.gd.polish=newton", f"reference.gd.localise={GAMMA}", "reference.gd.tolerance=1e-9")
+    out = study(tmp_path / "out", *words, "stage=curvature", "dtype=float32")
+    at = arrays(blocks(out, "gd")[0], "theta.npz")
+    assert (at["theta"] == at["theta"].astype(np.float32)).all() and at["polish_gradients"][-1] <= 1e-9
+    summary = json.loads((out / "report" / "summary.json").read_text())
+    norm, rounding = (summary[f"diffusion/theta/{k}"]["value"] for k in ("gradient_norm", "gradient_rounding"))
+    assert 1e-9 < norm < 2 * rounding < 1e-6 and summary["diffusion/theta/critical"]["value"] == 1
+
+
+def test_what_rounding_gives() -> None:
+    """Against weights rounded at random. Fails when a unit is another dtype's, or not each weight's own."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    hessian, theta = basis * np.geomspace(1e-3, 100, 30) @ basis.T, rng.normal(size=30) * np.geomspace(0.01, 10, 30)
+    norms = []
+    for _ in range(2000):
+        free = theta * (1 + 1e-3 * rng.random(30))
+        norms.append(np.linalg.norm(hessian @ (free.astype(np.float32) - free)) ** 2)
+    assert verdicts._rounding(hessian, theta, "float32") == pytest.approx(np.sqrt(np.mean(norms)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "critical"), [({"gradient": 1.5e-5}, True), ({"gradient": 1.7e-5}, False), ({"rounding": 0.0}, False)]
+)
+def test_rounding_is_allowed_for_twice(change: dict[str, Any], critical: bool) -> None:
+    point = replace(POINT, gradient=1.5e-5, rounding=8e-6)
+    assert replace(point, **change).critical == critical
+
+
+def test_a_pull_without_a_polish_is_refused() -> None:
+    with pytest.raises(UserError, match=r"reference.gd.localise = 0.1.*lbfgs or newton"):
+        resolve("diffusion", ["reference.gd.localise=0.1"])
+
+
+def test_a_control_that_no_cloud_is_shown_with_is_named(tmp_path: Path) -> None:
+    """Fails when one of two controls of a cloud is left out without a word."""
+    out = study(tmp_path / "out", "control.scaling=default,B/N", "runs=12", "theory.closure=linear")
+    assert len(blocks(out, "gd_control")) == 2 and len(blocks(out, "sgd_cloud")) == 1
+    notes = [n for n in build(store.load(out)).notes if "not shown" in n]
+    assert len(notes) == 1 and notes[0].startswith("The gd_control with control.scaling = ")
+    assert ", lr = 0.05 is not shown" in notes[0]
