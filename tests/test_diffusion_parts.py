@@ -16,6 +16,7 @@ from descentlab.studies.diffusion.directions import chosen_directions, group_var
 from descentlab.studies.diffusion.program import stages
 from descentlab.studies.diffusion.program_cloud import Looks
 from descentlab.studies.diffusion.program_curvature import CurvatureAlong
+from descentlab.studies.diffusion.program_pull import Pull
 from descentlab.studies.diffusion.reference_figures import across_rates, averaged_eigenvalues, tubes
 from descentlab.studies.diffusion.score import bridge, score
 from descentlab.studies.diffusion.spec import SEMANTICS, HessianRun
@@ -182,7 +183,7 @@ def test_the_averaged_hessian_over_runs_and_rates() -> None:
 def test_a_run_that_diverged_is_out_of_the_averaged_hessian() -> None:
     """Three runs of four Hessians, all of them the identity; run 1 is lost after the first. Breaks when a sum over some
     steps is divided by all of them, when NaN reaches the others, or when the lost one's trace is averaged."""
-    along = CurvatureAlong(HessianRun(steps=8, every=2, runs=3), torch.nn.Linear(1, 1), None, {})
+    along = CurvatureAlong(HessianRun(steps=8, every=2, runs=3), torch.nn.Linear(1, 1), None, Pull(), {})
     for run, steps in ((0, (0, 2, 4, 6)), (1, (0,)), (2, (0, 2, 4, 6))):
         for step in steps:
             along._sums[run] = along._sums.get(run, 0) + np.eye(2)
@@ -197,7 +198,7 @@ def test_a_run_that_diverged_is_out_of_the_averaged_hessian() -> None:
 
 
 def test_a_cloud_whose_every_run_diverged_has_no_averaged_hessian() -> None:
-    along = CurvatureAlong(HessianRun(steps=8, every=2), torch.nn.Linear(1, 1), None, {})
+    along = CurvatureAlong(HessianRun(steps=8, every=2), torch.nn.Linear(1, 1), None, Pull(), {})
     along._sums[0] = np.eye(2)
     along._keep("eigenvalues", 0, 0, np.ones(2))
     found = along.arrays()
@@ -212,6 +213,8 @@ def test_hessians_of_an_earlier_version_are_made_again_or_refused(tmp_path: Path
     raised = {stage.name: stage.semantics for stage in stages(cell) if stage.semantics != 1}
     assert raised == SEMANTICS == {"hessians": 2}
     assert cell.identity_of("hessians")["semantics"] == {"hessians": 2} and "semantics" not in cell.identity_of("score")
+    (with_polish,) = resolve("diffusion", ["size=quick", "sampler=shuffle", "reference.gd.polish=lbfgs"]).cells
+    assert with_polish.identity_of("score")["semantics"] == {"gd": 2}
     folder = tmp_path / "blocks" / "b" / "artifacts"
     folder.mkdir(parents=True)
     np.savez(folder / "hessians.npz", steps=np.arange(3), eigenvalues=np.ones((3, 5)))

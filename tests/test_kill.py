@@ -53,6 +53,7 @@ def test_ctrl_c_checkpoints_and_the_same_command_resumes(tmp_path: Path) -> None
     assert process.returncode == 130 and "the same command resumes" in errors
     assert workers_below(process.pid) == []
     assert set(store.status(out).counts()) <= {"interrupted", "queued", "done"}
+    assert list(out.glob("blocks/*/checkpoint.pt"))
     again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert store.status(out).counts() == {"done": 8}

@@ -36,7 +36,7 @@ from .program_language import language, marks
 from .program_polish import polished
 from .program_pull import Pull
 from .program_theory import predict
-from .spec import INPUTS, LANGUAGE, OF_ALL, READS, SEMANTICS, DiffusionSpec
+from .spec import INPUTS, LANGUAGE, OF_ALL, READS, DiffusionSpec
 from .statistics import measured
 
 Bench = Any  # launch.staged.Bench, which this room may not import
@@ -54,7 +54,9 @@ def stages(cell: DiffusionSpec) -> list[Stage]:
             block, _, inner = key.partition(".")
             own[key] = whole.get(block, {}).get(inner, {}) if inner else whole.get(block)
         many = {"members": cell.members()} if name in OF_ALL else {}
-        made.append(Stage(name, KINDS.get(name, "train"), {**own, **many}, inputs, semantics=SEMANTICS.get(name, 1)))
+        made.append(
+            Stage(name, KINDS.get(name, "train"), {**own, **many}, inputs, semantics=cell.numbers().get(name, 1))
+        )
     return made
 
 

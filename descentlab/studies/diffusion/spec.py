@@ -58,7 +58,8 @@ READS: dict[str, tuple[str, ...]] = {
     "language": (),
 }
 # stage -> its number, raised when the same settings make something else or in another shape; 1 where not named
-SEMANTICS = {"gd": 2, "hessians": 2}
+SEMANTICS = {"hessians": 2}
+POLISHED = {"gd": 2}  # the same where there is a polish
 LANGUAGE = ("nanogpt",)  # models that stage language is for
 
 
@@ -171,8 +172,13 @@ class DiffusionSpec(StudySpec):
                 value = whole.get(block, {}).get(inner, {}) if inner else whole.get(block)
                 if value not in (None, {}):
                     out[key] = value
-        raised = {stage: SEMANTICS[stage] for stage in (*_before(role), role) if stage in SEMANTICS}
+        numbers = self.numbers()
+        raised = {stage: numbers[stage] for stage in (*_before(role), role) if stage in numbers}
         return {**out, "semantics": raised} if raised else out
+
+    def numbers(self) -> dict[str, int]:
+        """Stage -> its ``semantics``, where that is not 1."""
+        return SEMANTICS | (POLISHED if self.reference.gd.polish != "none" else {})
 
     def count(self, n: int, least: int = 1) -> int:
         """``n`` at this cell's scale."""
