@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,26 @@ import numpy as np
 import pytest
 import torch
 from test_diffusion_polish import POINT, form
-from test_diffusion_study import BATCH, RUNS, STEPS, Plain, arrays, blocks, study
+from test_diffusion_study import BATCH, RUNS, SMALL, STEPS, Plain, arrays, blocks, study
 
 from descentlab import store
 from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
 from descentlab.core.streams import Streams
 from descentlab.launch.build import workload
-from descentlab.studies.diffusion import verdicts
+from descentlab.studies.diffusion import contrasts, verdicts
+from descentlab.studies.diffusion.clouds import Stages, clouds_of
 from descentlab.studies.diffusion.program_curvature import set_weights
 from descentlab.studies.diffusion.program_polish import polished
 from descentlab.studies.diffusion.program_pull import Pull
 from descentlab.studies.diffusion.program_theory import CloudAverages
 from descentlab.studies.diffusion.report import build
+from descentlab.theory.closure import gaussian_closure
 from descentlab.theory.diffusion import finite_time_covariance
 
 GAMMA = 0.3
 WORDS = ("reference.gd.polish=lbfgs", "reference.gd.polish_steps=3000", f"reference.gd.localise={GAMMA}")
+CLOSURE = ("theory.closure=gaussian", "theory.intervals=1", "theory.draws=1", "theory.hessians=1")
 
 
 class Pulled(Plain):
@@ -77,9 +81,12 @@ def test_every_stage_has_the_pull(done: Path) -> None:
         assert np.allclose(plain.descend(theta, 0.05, batches), cloud["snapshots"][-1, member - 1], atol=1e-12)
     control = arrays(blocks(done, "gd_control")[0], "path.npz")["mean"][-1]
     assert np.abs(control).max() < 1e-6  # descent from a critical point stays there
-    along = arrays(blocks(done, "hessians")[0], "hessians.npz")["eigenvalues"][0, 0]
-    of_batch = torch.autograd.functional.hessian(lambda t: plain.loss(t, drawn[1][0]), where.detach()).numpy()
-    assert np.allclose(along, np.linalg.eigvalsh(of_batch), atol=1e-10)
+    along = arrays(blocks(done, "hessians")[0], "hessians.npz")
+    for k, step in enumerate(along["steps"].tolist()):  # of the first run
+        here = torch.from_numpy(plain.descend(theta, 0.05, drawn[1][:step]))
+        of_batch = torch.autograd.functional.hessian(lambda t, s=step: plain.loss(t, drawn[1][s]), here).numpy()
+        assert np.allclose(along["eigenvalues"][0, k], np.linalg.eigvalsh(of_batch), atol=1e-10)
+    assert along["steps"].tolist() == [0, 2]
 
 
 def test_the_score_and_the_report_are_of_the_loss_with_the_pull(done: Path) -> None:
@@ -91,6 +98,9 @@ def test_the_score_and_the_report_are_of_the_loss_with_the_pull(done: Path) -> N
     live = b > 1e-12 * b.max()
     assert 0.8 < (a[live] / b[live]).mean() < 1.2
     made = build(store.load(done))
+    assert any(
+        n.startswith(f"Runs, control and prediction are those of the loss with a pull of {GAMMA}") for n in made.notes
+    )
     says = next(v for v in made.verdicts if v.text.startswith("theta* is"))
     assert says.text.startswith(f"theta* is a critical point of the loss with a pull of {GAMMA} towards where descent")
     assert f"{GAMMA} / 2 |theta - where descent ended|^2" in says.detail
@@ -98,17 +108,25 @@ def test_the_score_and_the_report_are_of_the_loss_with_the_pull(done: Path) -> N
     assert summary["diffusion/theta/critical"]["value"] == 1 and summary["diffusion/theta/pull"]["value"] == GAMMA
 
 
+@pytest.mark.parametrize("method", ["top_k", "density"])
+def test_curvature_without_a_matrix_has_the_pull(method: str, done: Path, tmp_path: Path) -> None:
+    """Against the dense Hessians of the same batches. Fails when the pull is missing, or there twice."""
+    dense = arrays(blocks(done, "hessians")[0], "hessians.npz")["eigenvalues"]
+    out = study(tmp_path / "out", *WORDS, "stage=hessians", f"hessians.method={method}", "hessians.k=3")
+    found = arrays(blocks(out, "hessians")[0], "hessians.npz")
+    if method == "top_k":
+        assert np.allclose(np.sort(found["eigenvalues"]), dense[:, :, -3:], rtol=1e-8)
+    else:
+        assert found["nodes"].max() == pytest.approx(dense.max(), rel=0.02)
+        assert found["nodes"][found["weights"] > 0].min() > dense.min() - 0.05
+
+
 def test_averages_over_a_cloud_have_the_pull(done: Path) -> None:
-    """Of a cloud without spread, moved by m: gradient and Hessian of loss and pull there, by autograd. Fails when the
-    closure sees the loss alone."""
-    words = ["preset=default", "splits.train=train[:128]", "optimizer.lr=0.05"]
-    cell = resolve("diffusion", words, limit=None).cells[0]
+    """Of a cloud without spread, moved by m: gradient and Hessian of loss and pull there, by autograd; of one with
+    spread the noise is that without the pull. Fails when the closure sees the loss alone, or calls the pull noise."""
     at = arrays(blocks(done, "gd")[0], "theta.npz")
-    plain, work = Pulled(at["gd_theta"]), workload(cell)
-    module = work.module(Streams(0), 0)
-    set_weights(module, at["theta"])
-    pull = Pull(GAMMA, at["gd_theta"])
-    average = CloudAverages(cell, module, work, pull, {}, lambda done: None)
+    plain = Pulled(at["gd_theta"])
+    average = averages(at, Pull(GAMMA, at["gd_theta"]))
     moved = np.random.default_rng(1).normal(size=386) * 0.02
     found = average(moved, np.zeros((386, 386)))
     where = torch.from_numpy(at["theta"] + moved).requires_grad_()
@@ -116,6 +134,31 @@ def test_averages_over_a_cloud_have_the_pull(done: Path) -> None:
     assert np.allclose(found.gradient, slope.numpy(), atol=1e-12)
     exact = torch.autograd.functional.hessian(plain.loss, where.detach()).numpy()
     assert np.allclose(found.hessian, exact, atol=1e-10)
+    spread = np.eye(386) * 1e-3
+    with_pull, without = (averages(at, p)(moved, spread).noise for p in (Pull(GAMMA, at["gd_theta"]), Pull()))
+    assert np.allclose(with_pull, without, atol=1e-12)
+
+
+def averages(at: dict[str, np.ndarray], pull: Pull) -> CloudAverages:
+    """What stage score averages with, as in the study of ``done``."""
+    cell = resolve("diffusion", [*SMALL, *CLOSURE], limit=None).cells[0]
+    work = workload(cell)
+    module = work.module(Streams(0), 0)
+    set_weights(module, at["theta"])
+    curvature = arrays(at["folder"].item(), "curvature.npz") if "folder" in at else {}
+    return CloudAverages(cell, module, work, pull, curvature, lambda done: None)
+
+
+def test_the_closure_is_given_the_pull(tmp_path: Path) -> None:
+    """Vhat of the study against the closure called by hand with the pull. Fails when stage score leaves it out."""
+    out = study(tmp_path / "out", *WORDS, *CLOSURE, "stage=score", "runs=4")
+    at = arrays(blocks(out, "gd")[0], "theta.npz")
+    found = averages({**at, "folder": np.array(blocks(out, "curvature")[0])}, Pull(GAMMA, at["gd_theta"]))
+    score = arrays(blocks(out, "score")[0], "score.npz")
+    times = sorted({*score["times"].tolist(), *score["snapshot_steps"].tolist()})
+    own = found.own.intervals
+    *_, (last, _, expected) = gaussian_closure(found, 386, 0.05, times, batch_size=BATCH, intervals=own)
+    assert last == STEPS and np.allclose(score["Vhat"], expected, rtol=1e-9, atol=1e-18)
 
 
 def test_a_polished_point_is_one_that_the_runs_can_have(tmp_path: Path) -> None:
@@ -155,10 +198,65 @@ def test_a_pull_without_a_polish_is_refused() -> None:
         resolve("diffusion", ["reference.gd.localise=0.1"])
 
 
+def test_landscape_is_that_of_the_loss(done: Path) -> None:
+    """Fails when a contrast between clouds with and without a pull shows the pull as curvature."""
+    at = arrays(blocks(done, "gd")[0], "theta.npz")
+    values = np.linalg.eigvalsh(torch.autograd.functional.hessian(Plain().loss, torch.from_numpy(at["theta"])).numpy())
+    results = store.load(done)
+    stages = Stages.of(results)
+    (cloud,) = clouds_of(results, stages)
+    found = contrasts.measure(results, stages, cloud).values
+    assert found["sharpness"] == pytest.approx(np.log(values[-1])) and found["negative share"] > 0.1
+    loss = float(Plain().loss(torch.from_numpy(at["theta"])))
+    assert found["test loss"] - found["generalisation gap"] == pytest.approx(loss)
+
+
+def test_a_polish_that_comes_nowhere_ends_with_finite_weights() -> None:
+    """x^3 / 3 + x has a slope of at least 1 and no lower end. Fails when damping grows until it overflows, or when
+    weights that are not finite are kept."""
+
+    class Cubic(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.x**3 / 3 + self.x).expand(len(x), 1)
+
+    for method in ("newton", "lbfgs"):
+        theta, path = polished(method, Cubic(), form([1.0])[1], np.array([0.5]), 2000, 1e-9, lambda: None)
+        assert np.isfinite(theta).all() and np.isfinite(path).all() and path[-1] >= 1
+
+
+def test_a_directory_of_an_earlier_version_keeps_its_control(tmp_path: Path) -> None:
+    """Without the setting in what it has stored. Fails when blocks are compared by all their settings."""
+    out = study(tmp_path / "out", "runs=12", "theory.closure=linear")
+    for name in ("plan.json", "resolved.jsonl"):
+        text = (out / name).read_text()
+        if name == "plan.json":
+            assert '"localise"' in text
+            text = re.sub(r',\s*"localise":\s*0\.0', "", text)
+            assert '"localise"' not in text
+            (out / name).write_text(text)
+    results = store.load(out)
+    (cloud,) = clouds_of(results, Stages.of(results))
+    assert cloud.control is not None and cloud.hessians and not build(results).failures.rows
+
+
+def test_clouds_of_other_lengths_have_controls_of_their_own(tmp_path: Path) -> None:
+    """Fails when a cloud of 11 steps is shown with a descent of 7."""
+    out = study(tmp_path / "out", "cloud.steps=7,11", "runs=12", "theory.closure=linear")
+    results = store.load(out)
+    clouds = clouds_of(results, Stages.of(results))
+    assert [c.settings["cloud"]["steps"] for c in clouds] == [7, 11]
+    assert [c.control["settings"]["cloud"]["steps"] for c in clouds if c.control is not None] == [7, 11]
+    assert not [n for n in build(results).notes if "not shown" in n]
+
+
 def test_a_control_that_no_cloud_is_shown_with_is_named(tmp_path: Path) -> None:
     """Fails when one of two controls of a cloud is left out without a word."""
     out = study(tmp_path / "out", "control.scaling=default,B/N", "runs=12", "theory.closure=linear")
     assert len(blocks(out, "gd_control")) == 2 and len(blocks(out, "sgd_cloud")) == 1
     notes = [n for n in build(store.load(out)).notes if "not shown" in n]
     assert len(notes) == 1 and notes[0].startswith("The gd_control with control.scaling = ")
-    assert ", lr = 0.05 is not shown" in notes[0]
+    assert ", lr = 0.05, replacement is not shown" in notes[0]

@@ -13,10 +13,11 @@ import numpy as np
 from ...analysis.results import ResultsLike, value_text
 from ...core.errors import StudyError
 from ...store import RunDirectory
-from .spec import OF_ALL, READS
+from .spec import OF_ALL, READS, DiffusionSpec
 
 Arrays = Mapping[str, np.ndarray]
-NAMING = ("dataset", "model", "dtype", "batch_size", "seed", "theory")  # what else tells clouds apart
+NAMING = ("dataset", "model", "dtype", "batch_size", "seed", "reference", "theory")  # what else tells clouds apart
+BESIDE = ("gd_control", "hessians")  # stages that start where a cloud does and need none
 SPECTRA = ("eigenvalues", "nodes")  # of hessians.npz, [runs, steps, ...]
 FILES = {
     "sgd": "theta.npz",
@@ -123,13 +124,14 @@ def clouds_of(results: ResultsLike, stages: Stages) -> list[Cloud]:
         if needed:
             members[cell] = [b for b in stages.named("sgd_cloud") if b["key"] in needed]
     names = _names({cell: cells[cell] for cell in members})
+    beside = {stage: [(b, _identity(b["settings"], stage)) for b in stages.named(stage)] for stage in BESIDE}
     found = []
     for cell, blocks in sorted(members.items(), key=lambda item: _order(cells[item[0]])):
         settings, keys = cells[cell], {b["key"] for b in blocks}
         after = {stage: _after(stages.named(stage), keys, settings, stage) for stage in OF_ALL}
-        control = next(iter(_alike(stages.named("gd_control"), settings, "gd_control")), None)
-        hessians = _alike(stages.named("hessians"), settings, "hessians")
-        own_blocks = (after["score"], after["val_loss"], blocks, control, hessians)
+        alike = {stage: [b for b, own in beside[stage] if own == _identity(settings, stage)] for stage in BESIDE}
+        control = next(iter(alike["gd_control"]), None)
+        own_blocks = (after["score"], after["val_loss"], blocks, control, alike["hessians"])
         found.append(Cloud(names[cell], settings, *own_blocks, after["statistics"], after["language"]))
     return found
 
@@ -146,18 +148,14 @@ def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     return settings["optimizer"]["lr"], settings["sampler"]["name"] != "replacement"
 
 
-def _alike(blocks: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], stage: str) -> list[Mapping[str, Any]]:
-    """The blocks of a stage that agree with a cloud's settings: of the control in the optimizer and what theta* is made
-    of, of the runs along which Hessians were measured in the loader as well."""
-    keys = ["dataset", "splits", "model", "dtype", "seed", "batch_size", "reference", "optimizer"]
-    keys += ["control"] if stage == "gd_control" else ["sampler", "hessians"]
+def _identity(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """What a stage and those before it read of the settings; what an earlier version did not have is at its default."""
+    return DiffusionSpec.model_validate(settings).identity_of(stage)
 
-    def same(key: str, found: Mapping[str, Any]) -> bool:
-        if key != "hessians":
-            return bool(found[key] == settings[key])
-        return {**found[key], "runs": 0} == {**settings[key], "runs": 0}
 
-    return [b for b in blocks if all(same(key, b["settings"]) for key in keys)]
+def pull_of(block: Mapping[str, Any]) -> float:
+    """Strength of the pull that a block's gradients and Hessians have (``reference.gd.localise``)."""
+    return float(block["settings"]["reference"]["gd"].get("localise", 0.0))
 
 
 def merged_hessians(blocks: Sequence[Arrays]) -> Arrays:
@@ -179,11 +177,14 @@ def _names(cells: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
         for key in NAMING:
             texts = {cell: _text(settings[key], key) for cell, settings in cells.items()}
             if len(set(texts.values())) > 1:
-                names = {cell: f"{name}/{key}={texts[cell]}" for cell, name in names.items()}
+                shown = "localise" if key == "reference" else key
+                names = {cell: f"{name}/{shown}={texts[cell]}" for cell, name in names.items()}
     twice = {name for name in names.values() if list(names.values()).count(name) > 1}
     return {cell: f"{name}/cell={cell}" if name in twice else name for cell, name in names.items()}
 
 
 def _text(value: Any, key: str) -> str:
+    if key == "reference":
+        return value_text(float(value["gd"].get("localise", 0.0)))
     shown = "closure" if key == "theory" else "name"
     return str(value[shown]) if isinstance(value, Mapping) and shown in value else str(value)

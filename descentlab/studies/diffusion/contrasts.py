@@ -22,8 +22,8 @@ from ...analysis.results import ResultsLike, value_text
 from ...report import Column, SummaryItem, TableBlock, Verdict
 from ...theory import diffusion
 from ..common import contrast_item, item
-from .clouds import Cloud, Stages
-from .directions import GROUPS
+from .clouds import Cloud, Stages, pull_of
+from .directions import GROUPS, without_pull
 from .score import score
 from .spec import READS, DiffusionSpec
 
@@ -75,7 +75,7 @@ QUANTITIES = {
     "test loss deviation": "standard deviation of the test loss over runs, nats",
     "test loss": "test loss at theta*, nats",
     "generalisation gap": "test minus training loss at theta*, nats",
-    "sharpness": "ln of the largest eigenvalue of the Hessian at theta*",
+    "sharpness": "ln of the largest eigenvalue of the loss's own Hessian at theta*",
     "curvature": "ln of the Hessian's trace at theta*",
     "negative share": "share of negative eigenvalues",
     "noise alignment": "cosine between gradient covariance and Hessian",
@@ -104,8 +104,10 @@ def measure(results: ResultsLike, stages: Stages, cloud: Cloud) -> Measured:
         return found
     before = stages.before(cloud.members[0], "curvature")
     if before:
-        _landscape(found, stages.arrays(before[0]))
-    trained = _last(results, next(iter(stages.before(cloud.members[0], "gd")), None), "train_loss")
+        _landscape(found, without_pull(stages.arrays(before[0]), pull_of(before[0])))
+    gd = next(iter(stages.before(cloud.members[0], "gd")), None)
+    polished = stages.arrays(gd).get("train_loss") if gd is not None else None
+    trained = _last(results, gd, "train_loss") if polished is None else float(polished)
     if trained is not None and "test loss" in found.values:
         found.add("generalisation gap", found.values["test loss"] - trained)
     return found

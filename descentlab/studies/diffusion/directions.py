@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -44,3 +44,11 @@ def group_variances(coordinates: np.ndarray) -> np.ndarray:
         return np.empty((0, coordinates.shape[1]))
     group = np.arange(n) * GROUPS // n
     return np.stack([coordinates[group != g].var(axis=0, ddof=1) for g in range(GROUPS)])
+
+
+def without_pull(curvature: Mapping[str, np.ndarray], gamma: float) -> Mapping[str, np.ndarray]:
+    """``hessian`` ``[D, D]`` and ``eigenvalues`` ``[D]`` without a pull of strength gamma."""
+    if not gamma:
+        return curvature
+    h = curvature["hessian"]
+    return {**curvature, "hessian": h - gamma * np.eye(len(h)), "eigenvalues": curvature["eigenvalues"] - gamma}

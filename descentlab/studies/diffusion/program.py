@@ -28,12 +28,12 @@ from ...workloads.loading import load_data
 from ...workloads.slices import sliced
 from ...workloads.specs import Full, Replacement, Shuffle
 from ..training.spec import Splits
-from .directions import chosen_directions, group_variances, look_times, snapshot_times
+from .directions import chosen_directions, group_variances, look_times, snapshot_times, without_pull
 from .program_cloud import Looks, open_weights
 from .program_curvature import CurvatureAlong, dense_hessian, pieces, set_weights
 from .program_descent import Descent
 from .program_language import language, marks
-from .program_polish import polished
+from .program_polish import Objective, polished
 from .program_pull import Pull
 from .program_theory import predict
 from .spec import INPUTS, LANGUAGE, OF_ALL, READS, DiffusionSpec
@@ -194,7 +194,11 @@ def _judged(bench: Bench, cell: DiffusionSpec, start: dict[str, np.ndarray], las
         asked = (own.polish_steps, own.tolerance, bench.advance, Pull.of(cell, found))
         theta, path = polished(own.polish, module_at(cell, work, start), work, start["theta"], *asked)
         start = {**start, "theta": theta.astype(cell.dtype).astype(np.float64)}  # as the runs will have it
-        found["polish_gradients"] = np.array(path)
+        module = module_at(cell, work, start)
+        found |= {
+            "polish_gradients": np.array(path),
+            "train_loss": np.array(Objective(module, work, Pull()).slope()[0]),
+        }
     return {**start, **found}
 
 
@@ -218,7 +222,8 @@ def _curvature(bench: Bench, cell: DiffusionSpec) -> None:
     bench.advance(0)
     noise = gradient_covariance(module, work.loss, data)
     values, vectors = np.linalg.eigh(hessian)
-    gradient, covariance = noise.mean.numpy() + pull.gradient(at["theta"]), noise.covariance.numpy()
+    gradient = noise.mean.numpy(force=True) + pull.gradient(at["theta"])
+    covariance = noise.covariance.numpy(force=True)
     arrays = {"hessian": hessian, "covariance": covariance, "gradient": gradient}
     bench.save("curvature.npz", {**arrays, "eigenvalues": values, "eigenvectors": vectors})
     row = {"grad_norm": np.linalg.norm(gradient), "lambda_max": values[-1], "lambda_min": values[0]}
@@ -357,7 +362,7 @@ def _evaluated(parts: Any, theta: np.ndarray, buffers: Mapping[str, np.ndarray])
     }
     held = {k: torch.from_numpy(np.asarray(buffers[k])).to(b) for k, b in empty.items()}
     loss, accuracy = parts.evaluator.evaluate(State.start(stacked, held), *parts.test)
-    return loss.double().numpy(), accuracy.double().numpy()
+    return loss.double().numpy(force=True), accuracy.double().numpy(force=True)
 
 
 def _score(bench: Bench, cell: DiffusionSpec) -> None:
@@ -434,7 +439,8 @@ def _language(bench: Bench, cell: DiffusionSpec) -> None:
     at = bench.of("curvature").input("gd", "theta.npz")
     path, steps = [*before["path"], at["theta"]], [*before["path_steps"].tolist(), -1]
     module = module_at(cell, work, at)
-    found = language(module, work.data.x_test, path, steps, alive, bench.input("curvature", "curvature.npz"))
+    curvature = without_pull(bench.input("curvature", "curvature.npz"), cell.reference.gd.localise)
+    found = language(module, work.data.x_test, path, steps, alive, curvature)
     bench.save("language.npz", found)
 
 

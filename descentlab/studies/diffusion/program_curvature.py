@@ -29,13 +29,13 @@ def set_weights(module: nn.Module, theta: np.ndarray) -> None:
             p.copy_(torch.from_numpy(np.ascontiguousarray(piece.reshape(p.shape))))
 
 
-def pieces(module: nn.Module, data: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def pieces(module: nn.Module, data: tuple[Tensor, Tensor], rows: int = ROWS) -> list[tuple[Tensor, Tensor]]:
     """``data`` of a model whose samples do not mix, cut for derivatives: a plain network takes all samples at once, any
-    other so many that what is kept for a few rows of a Hessian stays small."""
+    other so many that what is kept for ``rows`` rows of a Hessian, or 1 gradient, stays small."""
     x, y = data
     if recognise(module) is not None:
         return [(x, y)]
-    at_once = max(1, ELEMENTS // (ROWS * max(1, footprint(module, x).kept)))
+    at_once = max(1, ELEMENTS // (rows * max(1, footprint(module, x).kept)))
     return [(x[i : i + at_once], y[i : i + at_once]) for i in range(0, len(x), at_once)]
 
 

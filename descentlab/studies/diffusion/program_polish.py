@@ -1,7 +1,8 @@
-"""From the end of gradient descent to a point without gradient."""
+"""From the end of gradient descent to a point without gradient, or as near to one as a method comes."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ class Objective:
     def __init__(self, module: nn.Module, work: Any, pull: Pull) -> None:
         self.module, self.pull, self.loss = module.double(), pull, work.loss
         x, y = (t.double() if t.is_floating_point() else t for t in (work.data.x_train, work.data.y_train))
-        self.pieces, self.params = pieces(module, (x, y)), list(module.parameters())
+        self.data, self.pieces, self.params = (x, y), pieces(module, (x, y), rows=1), list(module.parameters())
 
     def theta(self) -> np.ndarray:
         """Weights ``[D]``."""
@@ -39,7 +40,7 @@ class Objective:
 
     def hessian(self) -> np.ndarray:
         """``[D, D]``."""
-        return self.pull.added(dense_hessian(self.module, self.loss, self.pieces))
+        return self.pull.added(dense_hessian(self.module, self.loss, pieces(self.module, self.data)))
 
 
 def polished(
@@ -79,14 +80,21 @@ def _lbfgs(
             p.grad = torch.from_numpy(g).reshape(p.shape).to(p)
         return torch.tensor(value, dtype=torch.float64)
 
-    path = [float(np.linalg.norm(objective.slope()[1]))]
+    path, last = [float(np.linalg.norm(objective.slope()[1]))], objective.theta()
     for _ in range(0, steps, 20):
-        optimizer.step(closure)
-        advance()
-        path.append(float(np.linalg.norm(objective.slope()[1])))
         if path[-1] <= tolerance:
             break
-    return objective.theta(), path
+        with np.errstate(over="ignore", invalid="ignore"):
+            with contextlib.suppress(IndexError):  # torch's line search, on a slope that is not finite
+                optimizer.step(closure)
+            norm = float(np.linalg.norm(objective.slope()[1]))
+        advance()
+        if not np.isfinite(norm):
+            set_weights(objective.module, last)
+            break
+        path.append(norm)
+        last = objective.theta()
+    return last, path
 
 
 def _newton(
@@ -110,5 +118,7 @@ def _newton(
             path.append(float(np.linalg.norm(gradient)))
         else:
             damping *= 4
+            if damping > 1e6 * float(np.abs(values).max()):  # no step however short lowers the gradient
+                break
     set_weights(objective.module, theta)
     return theta, path

@@ -1,15 +1,14 @@
 """A pull towards one point, added to the loss: what makes a point critical where the loss alone has none nearby.
 
-The loss becomes L(theta) + gamma / 2 |theta - anchor|^2. Where gamma exceeds the size of the lowest eigenvalue of the
-Hessian at the anchor, the sum is convex around it and has a minimum there, next to the anchor. The same term localises
-sampling at a degenerate point (arXiv:2308.12108, eq. 12) and regularises fine-tuning (L2-SP, arXiv:1802.01483, eq. 3).
-It is the same for every sample, so it adds to gradient and Hessian and nothing to the noise.
+The loss becomes L(theta) + gamma / 2 |theta - anchor|^2. With k = gamma + the lowest eigenvalue of the Hessian at the
+anchor, g the gradient there and T a bound on third derivatives, k^2 > 2 |g| T is enough for a minimum within 2 |g| / k.
+The same term localises sampling at a degenerate point (arXiv:2308.12108) and regularises fine-tuning (L2-SP,
+arXiv:1802.01483). It is the same for every sample, so it adds to gradient and Hessian and nothing to the noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,32 +45,31 @@ class Pull:
         return hessian + self.gamma * np.eye(len(hessian)) if self.gamma else hessian
 
     def on(self, work: Work) -> Work:
-        """The work with the pull in its gradients and losses."""
+        """The work with the pull in its gradients."""
         return Pulled(work, self) if self.gamma else work
 
 
 class Pulled:
-    """A :class:`~descentlab.core.protocols.Work` with a :class:`Pull` in it; test losses are without."""
+    """A :class:`~descentlab.core.protocols.Work` with a :class:`Pull` in its gradients. Its losses are without, so they
+    compare with those of the stages before and with test losses."""
 
-    def __init__(self, inner: Any, pull: Pull) -> None:
+    def __init__(self, inner: Work, pull: Pull) -> None:
         self.inner, self.pull = inner, pull
+        self._anchors: dict[str, Tensor] = {}
 
     def work(self, view: State, batch: Batch, ops: Ops | None = None) -> Grads:
         """See :class:`~descentlab.core.protocols.Work`."""
-        found = self.inner.work(view, batch, ops)
-        squares, grads = torch.zeros_like(found.loss), {}
-        for (name, p), anchor in zip(view.params.items(), self._anchors(view), strict=True):
-            away = p - anchor
-            grads[name] = found.grads[name] + self.pull.gamma * away
-            squares = squares + away.square().flatten(1).sum(1)
-        return Grads(grads, found.buffers, found.loss + self.pull.gamma / 2 * squares, found.accuracy)
+        found, anchors = self.inner.work(view, batch, ops), self._anchors or self._cut(view)
+        grads = {k: found.grads[k] + self.pull.gamma * (p - anchors[k]) for k, p in view.params.items()}
+        return Grads(grads, found.buffers, found.loss, found.accuracy)
 
     def evaluate(self, view: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~descentlab.core.protocols.Work`."""
         return self.inner.evaluate(view, x, y)
 
-    def _anchors(self, view: State) -> list[Tensor]:
-        params = view.params.values()
-        cuts = np.cumsum([p[0].numel() for p in params])[:-1]
-        pieces = np.split(np.asarray(self.pull.anchor), cuts)
-        return [torch.from_numpy(a).reshape(p.shape[1:]).to(p) for a, p in zip(pieces, params, strict=True)]
+    def _cut(self, view: State) -> dict[str, Tensor]:
+        """The anchor in the shapes, dtype and place of the weights, which stay the same for a work's life."""
+        cuts = np.cumsum([p[0].numel() for p in view.params.values()])[:-1]
+        pieces = zip(view.params.items(), np.split(np.asarray(self.pull.anchor), cuts), strict=True)
+        self._anchors = {k: torch.from_numpy(a).reshape(p.shape[1:]).to(p) for (k, p), a in pieces}
+        return self._anchors

@@ -171,7 +171,7 @@ class CloudAverages:
         params = dict(self.module.named_parameters())
         pieces = np.split(theta, np.cumsum([p.numel() for p in params.values()])[:-1], axis=1)
         stacked = {
-            name: torch.from_numpy(np.ascontiguousarray(piece)).reshape(len(theta), *p.shape)
+            name: torch.from_numpy(np.ascontiguousarray(piece)).reshape(len(theta), *p.shape).to(self.x.device)
             for (name, p), piece in zip(params.items(), pieces, strict=True)
         }
 
@@ -180,4 +180,4 @@ class CloudAverages:
 
         found = vmap(grad(one))(stacked, self.x[part], self.y[part])
         slopes = torch.cat([found[name].reshape(len(theta), -1) for name in params], dim=1).numpy(force=True)
-        return slopes + self.pull.gradient(theta)
+        return slopes + self.pull.gradient(theta) if self.pull.gamma else slopes

@@ -15,7 +15,8 @@ from ...store.moments import load_moments
 from ...theory.intervals import over_replicates
 from ..common import command_text, is_brief, plain_item, shown_provenance
 from . import contrasts, control, figures, language_figures, process_figures, reference_figures
-from .clouds import Cloud, Stages, clouds_of, merged_hessians
+from .clouds import Cloud, Stages, clouds_of, merged_hessians, pull_of
+from .directions import without_pull
 from .reference_figures import whole_runs
 from .score import Bridge, Score, bridge, items, score, trace_item
 from .spec import STUDY
@@ -77,15 +78,18 @@ def _notes(results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], waitin
             "The model has BatchNorm: its runs mix the samples of a batch, theory takes them one by one in evaluation "
             "mode. Measured and predicted spread are not those of the same dynamics."
         )
-    return notes + [
-        f"The {stage} with {setting} is not shown: its cloud is that of another cell, which is shown with its own. A "
-        "directory of its own (--out) shows it."
-        for stage, setting in _hidden(stages, clouds)
-    ]
+    pulls = sorted({pull_of(b) for b in stages.named("curvature")} - {0.0})
+    if pulls:
+        notes.append(
+            "Runs, control and prediction are those of the loss with a pull of "
+            f"{', '.join(f'{g:g}' for g in pulls)} towards where descent ended (reference.gd.localise); losses are shown "
+            "without it, and so are sharpness, trace, negative share and alignment in contrasts and figures."
+        )
+    return notes + _hidden(stages, clouds)
 
 
-def _hidden(stages: Stages, clouds: Sequence[Cloud]) -> list[tuple[str, str]]:
-    """(stage, setting) of finished controls and Hessians that no cloud is shown with."""
+def _hidden(stages: Stages, clouds: Sequence[Cloud]) -> list[str]:
+    """Which finished controls and Hessians no cloud is shown with."""
     shown = [c.control for c in clouds if c.control is not None] + [b for c in clouds for b in c.hessians]
     keys, found = {b["key"] for b in shown}, []
     for stage, block in (("gd_control", "control"), ("hessians", "hessians")):
@@ -95,8 +99,12 @@ def _hidden(stages: Stages, clouds: Sequence[Cloud]) -> list[tuple[str, str]]:
                 own = [
                     f"{block}.{k} = {v}" for k, v in b["settings"][block].items() if v != beside[0][k] and k != "runs"
                 ]
-                found.append((stage, ", ".join([*own, f"lr = {b['settings']['optimizer']['lr']:g}"])))
-    return found
+                where = [*own, f"lr = {b['settings']['optimizer']['lr']:g}", b["settings"]["sampler"]["name"]]
+                found.append(
+                    f"The {stage} with {', '.join(where)} is not shown: its cloud is that of another cell, which is "
+                    "shown with its own. A directory of its own (--out) shows it."
+                )
+    return list(dict.fromkeys(found))
 
 
 def _losses(clouds: Sequence[Cloud], stages: Stages) -> dict[str, Mapping[str, np.ndarray]]:
@@ -376,6 +384,7 @@ def _curvature(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Map
     curvature = stages.named("curvature")
     if curvature:
         found = stages.arrays(curvature[0])
+        found = without_pull(found, pull_of(curvature[0]))
         values, vectors, c, h = (found[k] for k in ("eigenvalues", "eigenvectors", "covariance", "hessian"))
         scale = float((h * c).sum() / (h * h).sum())
         cosine = float((h * c).sum() / np.sqrt((h * h).sum() * (c * c).sum()))

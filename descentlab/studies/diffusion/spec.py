@@ -234,7 +234,7 @@ def check(cell: DiffusionSpec) -> None:
         raise UserError("schedule", cell.schedule.name, "constant: predictions are for one learning rate")
     own = cell.reference.gd
     if own.localise and own.polish == "none":
-        expected = "0 beside reference.gd.polish = none; with lbfgs or newton theta* becomes a minimum of loss and pull"
+        expected = "0 beside reference.gd.polish = none; lbfgs or newton go to a critical point of loss and pull"
         raise UserError("reference.gd.localise", own.localise, expected)
     if cell.observe.weights != "none" or cell.observe.extra:
         key = "observe.extra" if cell.observe.extra else "observe.weights"

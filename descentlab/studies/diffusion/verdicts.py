@@ -12,7 +12,7 @@ from ...analysis.results import ResultsLike
 from ...report import Column, SummaryItem, TableBlock, Verdict
 from ...theory import diffusion
 from ..common import plain_item
-from .clouds import Cloud, Stages
+from .clouds import Cloud, Stages, pull_of
 from .score import Bridge, Score, along, score
 
 
@@ -52,8 +52,8 @@ class Point:
         """For summary.json."""
         values = {
             "gradient_norm": (self.gradient, "norm of the gradient of all training data at theta*"),
-            "lambda_min": (self.low, "smallest eigenvalue of the Hessian of all training data"),
-            "lambda_max": (self.high, "largest eigenvalue of the Hessian of all training data"),
+            "lambda_min": (self.low, "smallest eigenvalue of the Hessian of all training data, pull included"),
+            "lambda_max": (self.high, "largest eigenvalue of the Hessian of all training data, pull included"),
             "gradient_rounding": (
                 self.rounding,
                 "gradient that rounding the weights to dtype gives by itself",
@@ -116,7 +116,7 @@ def point_of(stages: Stages, results: ResultsLike) -> Point | None:
         tuple(np.atleast_1d(theta.get("polish_gradients", np.array([]))).tolist()),
         tuple(rates),
         _rounding(found["hessian"], theta["theta"], str(settings["dtype"])),
-        float(own.get("localise", 0.0)),
+        pull_of(blocks[0]),
     )
 
 
@@ -128,13 +128,13 @@ def _rounding(hessian: np.ndarray, theta: np.ndarray, dtype: str) -> float:
 
 def point_verdict(point: Point) -> Verdict:
     """Whether theta* is a critical point, in one line."""
+    of = f" of the loss with a pull of {point.pull:g} towards where descent ended" if point.pull else ""
     if point.critical:
         kind = "a minimum" if not point.flat else f"no direction falls, {point.flat} are flat to second order"
         kind = f"a saddle with {point.negative} falling directions" if point.negative else kind
-        of = f" of the loss with a pull of {point.pull:g} towards where descent ended" if point.pull else ""
         return Verdict(f"theta* is a critical point{of}, {kind}: |gradient| = {point.gradient:.2g}", point.text())
     why = "descent goes round it in an orbit of period two" if point.orbit else f"|gradient| = {point.gradient:.2g}"
-    return Verdict(f"theta* is not a critical point: {why}", point.text())
+    return Verdict(f"theta* is not a critical point{of}: {why}", point.text())
 
 
 def cloud_verdict(cloud: Cloud, found: Score, summary: Mapping[str, SummaryItem]) -> Verdict:
