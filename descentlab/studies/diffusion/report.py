@@ -82,8 +82,8 @@ def _notes(results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], waitin
     if pulls:
         notes.append(
             "Runs, control and prediction are those of the loss with a pull of "
-            f"{', '.join(f'{g:g}' for g in pulls)} towards where descent ended (reference.gd.localise); losses are shown "
-            "without it, and so are sharpness, trace, negative share and alignment in contrasts and figures."
+            f"{', '.join(f'{g:g}' for g in pulls)} towards where descent ended (reference.gd.localise); losses are "
+            "shown without it, and so are sharpness, trace, negative share and alignment in contrasts and figures."
         )
     return notes + _hidden(stages, clouds)
 
