@@ -51,16 +51,16 @@ def form(values: list[float]) -> tuple[Form, Any, np.ndarray]:
 def test_polish_ends_at_the_minimum_of_a_quadratic(method: str) -> None:
     """Curvatures over three decades. Breaks when a step has the wrong sign or length, or stops too early."""
     module, work, minimum = form([0.05, 0.3, 1.0, 40.0])
-    theta, path = polished(method, module, work, np.ones(4), 400, 1e-7, lambda: None)
+    theta, path = polished(method, module, work, np.ones(4), 400, 1e-7, lambda done: None)
     assert path[-1] <= 1e-7 < path[0] and np.allclose(theta, minimum, rtol=1e-4)
     assert np.allclose(np.concatenate([p.detach().numpy() for p in module.parameters()]), theta)
 
 
 def test_newton_goes_to_a_saddle_and_lbfgs_goes_down() -> None:
     module, work, saddle = form([-0.5, 1.0, 3.0])
-    theta, path = polished("newton", module, work, saddle + 0.1, 100, 1e-10, lambda: None)
+    theta, path = polished("newton", module, work, saddle + 0.1, 100, 1e-10, lambda done: None)
     assert path[-1] <= 1e-10 and np.allclose(theta, saddle, atol=1e-8)
-    lost, _ = polished("lbfgs", module, work, saddle + 0.1, 20, 1e-10, lambda: None)
+    lost, _ = polished("lbfgs", module, work, saddle + 0.1, 20, 1e-10, lambda done: None)
     heights = [float(module.a.numpy() @ t @ t / 2 - module.b.numpy() @ t) for t in (lost, saddle)]
     assert heights[0] < heights[1] - 1e-3
 

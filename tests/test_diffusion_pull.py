@@ -55,7 +55,7 @@ def test_a_saddle_with_enough_pull_has_the_minimum_that_algebra_says(method: str
     """(A + gamma) theta = b + gamma anchor, with a curvature of -0.5. Fails without the pull in gradient or Hessian."""
     module, work, _ = form([-0.5, 1.0, 3.0])
     anchor = np.array([0.3, -1.0, 2.0])
-    theta, path = polished(method, module, work, np.zeros(3), 400, 1e-9, lambda: None, Pull(2.0, anchor))
+    theta, path = polished(method, module, work, np.zeros(3), 400, 1e-9, lambda done: None, Pull(2.0, anchor))
     a, b = module.a.numpy(), module.b.numpy()
     assert path[-1] <= 1e-9 and np.allclose(theta, np.linalg.solve(a + 2 * np.eye(3), b + 2 * anchor), atol=1e-8)
 
@@ -224,7 +224,7 @@ def test_a_polish_that_comes_nowhere_ends_with_finite_weights() -> None:
             return (self.x**3 / 3 + self.x).expand(len(x), 1)
 
     for method in ("newton", "lbfgs"):
-        theta, path = polished(method, Cubic(), form([1.0])[1], np.array([0.5]), 2000, 1e-9, lambda: None)
+        theta, path = polished(method, Cubic(), form([1.0])[1], np.array([0.5]), 2000, 1e-9, lambda done: None)
         assert np.isfinite(theta).all() and np.isfinite(path).all() and path[-1] >= 1
 
 

@@ -56,5 +56,5 @@ class Progress:
     def eta(self) -> str:
         """``"12 s left"`` at the mean speed so far."""
         spent = time.monotonic() - self._started
-        left = spent * (self.total - self.done) / max(self.done, 1)
+        left = spent * max(0, self.total - self.done) / max(self.done, 1)
         return f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left"

@@ -50,7 +50,7 @@ def polished(
     theta: np.ndarray,
     steps: int,
     tolerance: float,
-    advance: Callable[[], None],
+    advance: Callable[[int], None],
     pull: Pull | None = None,
 ) -> tuple[np.ndarray, list[float]]:
     """(weights, gradient norms on the way), of the loss with the ``pull``. ``lbfgs`` lowers the loss; ``newton`` lowers
@@ -62,7 +62,7 @@ def polished(
 
 
 def _lbfgs(
-    objective: Objective, steps: int, tolerance: float, advance: Callable[[], None]
+    objective: Objective, steps: int, tolerance: float, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, list[float]]:
     optimizer = torch.optim.LBFGS(
         objective.params,
@@ -88,7 +88,7 @@ def _lbfgs(
             with contextlib.suppress(IndexError):  # torch's line search, on a slope that is not finite
                 optimizer.step(closure)
             norm = float(np.linalg.norm(objective.slope()[1]))
-        advance()
+        advance(0)
         if not np.isfinite(norm):
             set_weights(objective.module, last)
             break
@@ -98,7 +98,7 @@ def _lbfgs(
 
 
 def _newton(
-    objective: Objective, steps: int, tolerance: float, advance: Callable[[], None]
+    objective: Objective, steps: int, tolerance: float, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, list[float]]:
     theta, gradient = objective.theta(), objective.slope()[1]
     path, damping = [float(np.linalg.norm(gradient))], 1e-3
@@ -106,7 +106,7 @@ def _newton(
     for _ in range(steps):
         if path[-1] <= tolerance:
             break
-        advance()
+        advance(0)
         if matrix is None:
             matrix = objective.hessian()
             values, vectors = np.linalg.eigh(matrix)
