@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from test_diffusion_polish import POINT, form
@@ -19,12 +20,14 @@ from descentlab.config.resolve import resolve
 from descentlab.core.errors import UserError
 from descentlab.core.streams import Streams
 from descentlab.launch.build import workload
+from descentlab.report.figures import SINGLE, new_figure, plain_log_ticks
 from descentlab.studies.diffusion import contrasts, verdicts
 from descentlab.studies.diffusion.clouds import Stages, clouds_of
 from descentlab.studies.diffusion.program_curvature import set_weights
 from descentlab.studies.diffusion.program_polish import polished
 from descentlab.studies.diffusion.program_pull import Pull
 from descentlab.studies.diffusion.program_theory import CloudAverages
+from descentlab.studies.diffusion.reference_figures import gradient_norms
 from descentlab.studies.diffusion.report import build
 from descentlab.theory.closure import gaussian_closure
 from descentlab.theory.diffusion import finite_time_covariance
@@ -260,3 +263,21 @@ def test_a_control_that_no_cloud_is_shown_with_is_named(tmp_path: Path) -> None:
     notes = [n for n in build(store.load(out)).notes if "not shown" in n]
     assert len(notes) == 1 and notes[0].startswith("The gd_control with control.scaling = ")
     assert ", lr = 0.05, replacement is not shown" in notes[0]
+
+
+def test_the_polish_has_a_panel_of_its_own() -> None:
+    """Fails when the polish is drawn over the steps of descent, where its points fall on one another."""
+    rows = pl.DataFrame({"step": [0, 9, 99], "grad_norm": [1.0, 0.1, 0.01]})
+    left, right = gradient_norms(rows, (1e-2, 1e-4, 1e-6), 1e-5).axes
+    assert left.lines[0].get_xdata().tolist() == [1, 10, 100]
+    assert list(right.lines[0].get_xdata()) == [0, 1, 2] and list(right.lines[1].get_ydata()) == [1e-5, 1e-5]
+    assert len(gradient_norms(rows, ()).axes) == 1
+
+
+def test_a_log_axis_of_less_than_a_decade_has_ticks() -> None:
+    figure = new_figure(SINGLE, 2.0)
+    ax = figure.subplots()
+    ax.plot([0, 1], [1.93, 3.2])
+    ax.set_yscale("log")
+    plain_log_ticks(ax)
+    assert len(ax.get_yticks()) >= 3 and all(1.8 < t < 3.5 for t in ax.get_yticks())

@@ -141,7 +141,7 @@ def plain_log_ticks(ax: Axes) -> None:
 
     No minor ticks: they are most of the time matplotlib takes for such an axis.
     """
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     low, high = ax.get_ylim()
     ax.yaxis.set_minor_locator(NullLocator())
@@ -149,6 +149,8 @@ def plain_log_ticks(ax: Axes) -> None:
         return
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0**k for k in powers for m in (1, 2, 5) if low <= m * 10.0**k <= high]
+    if len(ticks) < 2:  # much less than a decade: evenly spaced numbers
+        ticks = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
     ax.yaxis.set_major_locator(FixedLocator(ticks))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 

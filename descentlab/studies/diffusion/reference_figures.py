@@ -61,21 +61,23 @@ def _binned(step: np.ndarray, values: np.ndarray, most: int = 400) -> tuple[np.n
     )
 
 
-def gradient_norms(gd: pl.DataFrame, polish: Sequence[float]) -> Figure:
-    """The gradient's norm during descent and polish, both axes logarithmic."""
+def gradient_norms(gd: pl.DataFrame, polish: Sequence[float], limit: float = 0.0) -> Figure:
+    """The gradient's norm during descent, both axes logarithmic, and beside it at the recorded points of the polish, if
+    there are some, with the largest norm that counts as none (``limit``)."""
     with styled():
-        figure = new_figure(SINGLE, 2.5)
-        ax = figure.subplots()
-        step = gd["step"].to_numpy() + 1
-        ax.plot(step, gd["grad_norm"].to_numpy(), color=COLOURS[0], label="gradient descent")
-        if len(polish):
-            at = step[-1] + np.arange(len(polish))
-            ax.plot(at, polish, color=COLOURS[1], marker=".", markersize=3, label="polish")
-            ax.legend()
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlabel("step")
-        ax.set_ylabel("norm of the full gradient")
+        figure = new_figure(DOUBLE if len(polish) else SINGLE, 2.5)
+        left, *rest = figure.subplots(1, 2 if len(polish) else 1, sharey=True, squeeze=False)[0]
+        left.plot(gd["step"].to_numpy() + 1, gd["grad_norm"].to_numpy(), color=COLOURS[0])
+        left.set_xscale("log")
+        left.set_yscale("log")
+        left.set_xlabel("step of gradient descent")
+        left.set_ylabel("norm of the full gradient")
+        for ax in rest:
+            ax.plot(polish, color=COLOURS[1], marker=".", markersize=3, linewidth=1)
+            ax.set_xlabel("recorded point of the polish")
+            if limit:
+                ax.axhline(limit, color=GREY, linestyle=":", linewidth=0.9, label="counts as none below")
+                ax.legend()
     return figure
 
 

@@ -363,9 +363,14 @@ def _reference(
     )
     gd = rows["gd"].filter(pl.col("grad_norm") > 0)
     if gd.height and not brief:
-        polish = point.polish if point else ()
-        caption = "How the gradient's norm falls on the way to theta*."
-        picture = reference_figures.gradient_norms(gd, polish)
+        polish, limit = (point.polish, point.limit) if point else ((), 0.0)
+        caption = "How the gradient's norm falls on the way to theta*" + (
+            "; right: the polish in float64 (L-BFGS: every 20 iterations; Newton: every step taken), of the loss with "
+            "the pull where there is one."
+            if polish
+            else "."
+        )
+        picture = reference_figures.gradient_norms(gd, polish, limit)
         blocks.append(FigureBlock("gradient-norm", picture, caption, "Gradient norm against step, log-log"))
     return Section("The point they start from", blocks)
 
