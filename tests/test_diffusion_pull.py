@@ -21,7 +21,7 @@ from descentlab.core.errors import UserError
 from descentlab.core.streams import Streams
 from descentlab.launch.build import workload
 from descentlab.report.figures import SINGLE, new_figure, plain_log_ticks
-from descentlab.studies.diffusion import contrasts, verdicts
+from descentlab.studies.diffusion import contrasts, control, verdicts
 from descentlab.studies.diffusion.clouds import Stages, clouds_of
 from descentlab.studies.diffusion.program_curvature import set_weights
 from descentlab.studies.diffusion.program_polish import polished
@@ -30,7 +30,7 @@ from descentlab.studies.diffusion.program_theory import CloudAverages
 from descentlab.studies.diffusion.reference_figures import gradient_norms
 from descentlab.studies.diffusion.report import build
 from descentlab.theory.closure import gaussian_closure
-from descentlab.theory.diffusion import finite_time_covariance
+from descentlab.theory.diffusion import finite_time_covariance, mean_displacement
 
 GAMMA = 0.3
 WORDS = ("reference.gd.polish=lbfgs", "reference.gd.polish_steps=3000", f"reference.gd.localise={GAMMA}")
@@ -228,7 +228,7 @@ def test_a_polish_that_comes_nowhere_ends_with_finite_weights() -> None:
 
     for method in ("newton", "lbfgs"):
         theta, path = polished(method, Cubic(), form([1.0])[1], np.array([0.5]), 2000, 1e-9, lambda done: None)
-        assert np.isfinite(theta).all() and np.isfinite(path).all() and path[-1] >= 1
+        assert np.isfinite(theta).all() and np.isfinite(path).all() and path[-1] >= 1 and len(path) < 50
 
 
 def test_a_directory_of_an_earlier_version_keeps_its_control(tmp_path: Path) -> None:
@@ -244,6 +244,51 @@ def test_a_directory_of_an_earlier_version_keeps_its_control(tmp_path: Path) -> 
     results = store.load(out)
     (cloud,) = clouds_of(results, Stages.of(results))
     assert cloud.control is not None and cloud.hessians and not build(results).failures.rows
+
+
+def test_a_directory_with_a_setting_that_is_gone_keeps_its_control(tmp_path: Path) -> None:
+    """Fails when a block that this version cannot read as settings ends the report, or is matched with none."""
+    out = study(tmp_path / "out", "runs=12", "theory.closure=linear")
+    plan = json.loads((out / "plan.json").read_text())
+    for block in plan["blocks"]:
+        block["settings"]["reference"]["gd"]["gone"] = 3
+    (out / "plan.json").write_text(json.dumps(plan))
+    results = store.load(out)
+    for run in results.runs:
+        run["settings"]["reference"]["gd"]["gone"] = 3
+    (cloud,) = clouds_of(results, Stages.of(results))
+    assert cloud.control is not None and len(cloud.hessians) == 1
+
+
+def test_hessians_of_a_cloud_that_has_not_ended_do_not_end_the_report(tmp_path: Path) -> None:
+    words = ("optimizer.lr=0.05,0.01", "sampler=replacement,shuffle", "runs=12", "theory.closure=linear")
+    out = study(tmp_path / "out", *words)
+    plan = json.loads((out / "plan.json").read_text())["blocks"]
+    late = [b for b in plan if b["stage"] == "sgd_cloud" and b["settings"]["sampler"]["name"] == "shuffle"]
+    for block in late:
+        (out / "blocks" / block["key"] / "done.json").unlink()
+    results = store.load(out)
+    assert len(late) == 2 and [c for c in clouds_of(results, Stages.of(results)) if c.hessians and not c.members]
+    build(results)
+
+
+def test_descent_that_stays_has_no_ratio() -> None:
+    """A control that moves by rounding alone; one that is N / B = 60 times slower. Fails when a ratio of rounding is
+    shown, or when a slow control loses its ratio."""
+    rng, d, n = np.random.default_rng(3), 4, 200
+    hessian, slope = np.diag([0.1, 0.2, 0.3, 0.4]), rng.normal(size=d)
+    lr, steps = 0.01, 50
+    score = {"eigenvectors": np.eye(d), "runs": np.array(n), "lr": np.array(lr), "V": np.eye(d) * 1e-6}
+    for slow, stays in ((lr / 60, False), (lr, True)):
+        gradient = slope * (1e-12 if stays else 1.0)
+        gone = mean_displacement(hessian, gradient, slow, steps)
+        mean = mean_displacement(hessian, gradient, lr, steps) + rng.normal(size=d) * 1e-3 / n**0.5
+        path = {"lr": np.array(slow), "steps": np.array([steps]), "mean": gone[None]}
+        found = control.items({**score, "mean": mean}, path, {"hessian": hessian, "gradient": gradient})
+        assert ("control_ratio" in found) != stays and ("control_ratio_predicted" in found) != stays
+        assert "control_displacement" in found
+        (row,) = control.table({"x": found}).rows
+        assert (row[6] == "descent hardly moves") == stays
 
 
 def test_clouds_of_other_lengths_have_controls_of_their_own(tmp_path: Path) -> None:
@@ -262,7 +307,7 @@ def test_a_control_that_no_cloud_is_shown_with_is_named(tmp_path: Path) -> None:
     assert len(blocks(out, "gd_control")) == 2 and len(blocks(out, "sgd_cloud")) == 1
     notes = [n for n in build(store.load(out)).notes if "not shown" in n]
     assert len(notes) == 1 and notes[0].startswith("The gd_control with control.scaling = ")
-    assert ", lr = 0.05, replacement is not shown" in notes[0]
+    assert ", lr = 0.05 is not shown" in notes[0]
 
 
 def test_the_polish_has_a_panel_of_its_own() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from ...analysis.results import ResultsLike, value_text
-from ...core.errors import StudyError
+from ...core.errors import StudyError, UserError
 from ...store import RunDirectory
-from .spec import OF_ALL, READS, DiffusionSpec
+from .spec import OF_ALL, READS, DiffusionSpec, before
 
 Arrays = Mapping[str, np.ndarray]
 NAMING = ("dataset", "model", "dtype", "batch_size", "seed", "reference", "theory")  # what else tells clouds apart
@@ -129,7 +130,8 @@ def clouds_of(results: ResultsLike, stages: Stages) -> list[Cloud]:
     for cell, blocks in sorted(members.items(), key=lambda item: _order(cells[item[0]])):
         settings, keys = cells[cell], {b["key"] for b in blocks}
         after = {stage: _after(stages.named(stage), keys, settings, stage) for stage in OF_ALL}
-        alike = {stage: [b for b, own in beside[stage] if own == _identity(settings, stage)] for stage in BESIDE}
+        read = {stage: _identity(settings, stage) for stage in BESIDE}
+        alike = {stage: [b for b, own in beside[stage] if own == read[stage]] for stage in BESIDE}
         control = next(iter(alike["gd_control"]), None)
         own_blocks = (after["score"], after["val_loss"], blocks, control, alike["hessians"])
         found.append(Cloud(names[cell], settings, *own_blocks, after["statistics"], after["language"]))
@@ -149,8 +151,14 @@ def _order(settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _identity(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """What a stage and those before it read of the settings; what an earlier version did not have is at its default."""
-    return DiffusionSpec.model_validate(settings).identity_of(stage)
+    """What a stage and those before it read of the settings; what an earlier version did not have is at its default.
+    Settings that this version does not know are compared as they stand."""
+    try:
+        return DiffusionSpec.model_validate(settings).identity_of(stage)
+    except (ValidationError, UserError):
+        read = [key for name in (*before(stage), stage) for key in READS[name]]
+        held = {key.partition(".")[0]: settings.get(key.partition(".")[0]) for key in read}
+        return {**held, **({"hessians": {**settings["hessians"], "runs": 0}} if stage == "hessians" else {})}
 
 
 def pull_of(block: Mapping[str, Any]) -> float:

@@ -106,8 +106,10 @@ def measure(results: ResultsLike, stages: Stages, cloud: Cloud) -> Measured:
     if before:
         _landscape(found, without_pull(stages.arrays(before[0]), pull_of(before[0])))
     gd = next(iter(stages.before(cloud.members[0], "gd")), None)
-    polished = stages.arrays(gd).get("train_loss") if gd is not None else None
-    trained = _last(results, gd, "train_loss") if polished is None else float(polished)
+    held = stages.arrays(gd) if gd is not None else {}
+    trained = float(held["train_loss"]) if "train_loss" in held else None
+    if "polish_gradients" not in held:
+        trained = _last(results, gd, "train_loss")
     if trained is not None and "test loss" in found.values:
         found.add("generalisation gap", found.values["test loss"] - trained)
     return found

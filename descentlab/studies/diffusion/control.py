@@ -15,6 +15,7 @@ from ..common import plain_item
 
 Arrays = Mapping[str, np.ndarray]
 LEVEL = 0.05
+WIDE = 10.0
 
 
 def items(score: Arrays, path: Arrays, curvature: Arrays) -> dict[str, SummaryItem]:
@@ -23,8 +24,9 @@ def items(score: Arrays, path: Arrays, curvature: Arrays) -> dict[str, SummaryIt
     ``control_ratio``: how many times gradient descent's displacement d the mean of the runs has gone along it,
     m d / d d, with the normal interval of a mean of n runs of covariance V; ``control_ratio_predicted``: the same of
     two gradient descents on the quadratic, with the cloud's learning rate and with the control's (1 where they are one;
-    N / B for a control that is B / N times slower as long as curvature is not felt). ``control_differs``: live
-    directions in which mean and gradient descent differ, z-tests corrected by Holm at 5 %.
+    N / B for a control that is B / N times slower as long as curvature is not felt). Neither where descent hardly moves
+    and the interval is :data:`WIDE` times what it is compared with. ``control_differs``: live directions in which mean
+    and gradient descent differ, z-tests corrected by Holm at 5 %.
     """
     vectors, n = score["eigenvectors"], int(score["runs"])
     lr, slow, steps = float(score["lr"]), float(path["lr"]), int(path["steps"][-1])
@@ -35,16 +37,16 @@ def items(score: Arrays, path: Arrays, curvature: Arrays) -> dict[str, SummaryIt
         "control_lr": plain_item(slow, 1, "learning rate of gradient descent"),
         "control_displacement": plain_item(size**0.5, 1, "distance of gradient descent from theta* at its end"),
     }
-    if size > 0:
-        along = vectors @ gone
+    own, other = (mean_displacement(curvature["hessian"], curvature["gradient"], rate, steps) for rate in (lr, slow))
+    expected = float(own @ other) / float(other @ other) if float(other @ other) > 0 else 0.0
+    along = vectors @ gone
+    half = 1.96 * float(np.sqrt(along @ score["V"] @ along / n)) / size if size > 0 else np.inf
+    if half < WIDE * max(1.0, abs(expected)):
         ratio = float(mean @ gone) / size
-        half = 1.96 * float(np.sqrt(along @ score["V"] @ along / n)) / size
         text = "displacement of the runs' mean along that of gradient descent, over the latter; normal interval"
         out["control_ratio"] = SummaryItem(ratio, n, ratio - half, ratio + half, text)
-    own, other = (mean_displacement(curvature["hessian"], curvature["gradient"], rate, steps) for rate in (lr, slow))
-    if float(other @ other) > 0:
         text = "the same of linear theory: two gradient descents on the quadratic at theta*"
-        out["control_ratio_predicted"] = plain_item(float(own @ other) / float(other @ other), 1, text)
+        out |= {"control_ratio_predicted": plain_item(expected, 1, text)} if expected else {}
     live = variance > max(1e-12 * variance.max(), float(score.get("rounding", 0.0)))
     p = holm(2 * special.ndtr(-np.abs(mean - gone)[live] / np.sqrt(variance[live] / n)))
     text = f"of {int(live.sum())} directions those whose mean differs from gradient descent's, Holm at {LEVEL:g}"
@@ -57,7 +59,7 @@ def table(clouds: Mapping[str, Mapping[str, SummaryItem]]) -> TableBlock:
     rows: list[list[Any]] = []
     for name, own in clouds.items():
         ratio, expected = own.get("control_ratio"), own.get("control_ratio_predicted")
-        verdict = ""
+        verdict = "descent hardly moves" if ratio is None else ""
         if ratio is not None and expected is not None and ratio.low is not None and ratio.high is not None:
             low, high, value = ratio.low, ratio.high, expected.value or 0.0
             verdict = "within noise of it" if low <= value <= high else "further" if low > value else "less far"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -85,12 +84,16 @@ def _lbfgs(
         if path[-1] <= tolerance:
             break
         with np.errstate(over="ignore", invalid="ignore"):
-            with contextlib.suppress(IndexError):  # torch's line search, on a slope that is not finite
+            try:
                 optimizer.step(closure)
-            norm = float(np.linalg.norm(objective.slope()[1]))
+                norm = float(np.linalg.norm(objective.slope()[1]))
+            except IndexError:  # torch's line search, on a slope that is not finite
+                norm = float("nan")
         advance(0)
         if not np.isfinite(norm):
             set_weights(objective.module, last)
+            break
+        if np.array_equal(objective.theta(), last):  # no step lowers the loss as far as float64 can tell
             break
         path.append(norm)
         last = objective.theta()

@@ -78,12 +78,13 @@ def _notes(results: ResultsLike, stages: Stages, clouds: Sequence[Cloud], waitin
             "The model has BatchNorm: its runs mix the samples of a batch, theory takes them one by one in evaluation "
             "mode. Measured and predicted spread are not those of the same dynamics."
         )
-    pulls = sorted({pull_of(b) for b in stages.named("curvature")} - {0.0})
-    if pulls:
+    pulls = {c.name: pull_of({"settings": c.settings}) for c in clouds}
+    for pull in sorted(set(pulls.values()) - {0.0}):
+        of = "" if len(set(pulls.values())) == 1 else f" of {', '.join(n for n, g in pulls.items() if g == pull)}"
         notes.append(
-            "Runs, control and prediction are those of the loss with a pull of "
-            f"{', '.join(f'{g:g}' for g in pulls)} towards where descent ended (reference.gd.localise); losses are "
-            "shown without it, and so are sharpness, trace, negative share and alignment in contrasts and figures."
+            f"Runs, control and prediction{of} are those of the loss with a pull of {pull:g} towards where descent "
+            "ended (reference.gd.localise), and so are eigenvalues; losses, contrasts, and noise against curvature are "
+            "without it."
         )
     return notes + _hidden(stages, clouds)
 
@@ -94,16 +95,17 @@ def _hidden(stages: Stages, clouds: Sequence[Cloud]) -> list[str]:
     keys, found = {b["key"] for b in shown}, []
     for stage, block in (("gd_control", "control"), ("hessians", "hessians")):
         beside = [b["settings"][block] for b in shown if b["stage"] == stage]
-        for b in stages.named(stage):
-            if beside and b["key"] not in keys:
-                own = [
-                    f"{block}.{k} = {v}" for k, v in b["settings"][block].items() if v != beside[0][k] and k != "runs"
-                ]
-                where = [*own, f"lr = {b['settings']['optimizer']['lr']:g}", b["settings"]["sampler"]["name"]]
-                found.append(
-                    f"The {stage} with {', '.join(where)} is not shown: its cloud is that of another cell, which is "
-                    "shown with its own. A directory of its own (--out) shows it."
-                )
+        for b in stages.named(stage) if beside else ():
+            if b["key"] in keys:
+                continue
+            held, other = b["settings"], {**beside[0], "runs": b["settings"][block].get("runs")}
+            where = [f"{block}.{k} = {v}" for k, v in held[block].items() if v != other.get(k)]
+            where += [f"lr = {held['optimizer']['lr']:g}"]
+            where += [held["sampler"]["name"]] if stage == "hessians" else []
+            found.append(
+                f"The {stage} with {', '.join(where)} is not shown: its cloud is that of another cell, which is shown "
+                "with its own. A directory of its own (--out) shows it."
+            )
     return list(dict.fromkeys(found))
 
 
@@ -362,7 +364,7 @@ def _reference(
         FigureBlock("loss", reference_figures.stitched(rows["sgd"], rows["gd"], held), caption, "Loss curves")
     )
     gd = rows["gd"].filter(pl.col("grad_norm") > 0)
-    if gd.height and not brief:
+    if (gd.height or (point is not None and point.polish)) and not brief:
         polish, limit = (point.polish, point.limit) if point else ((), 0.0)
         caption = "How the gradient's norm falls on the way to theta*" + (
             "; right: the polish in float64 (L-BFGS: every 20 iterations; Newton: every step taken), of the loss with "
@@ -404,6 +406,7 @@ def _curvature(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Map
             [[t.value, t.value if t.low is None else t.low, t.high or t.value] for t in traces], dtype=float
         )
         predicted = np.array([np.trace(arrays[c.name]["Vhat"]) for c in own])
+        dense = {c.name: dense[c.name] for c in clouds if c.name in dense and c.members}
         shares = {c.name: _trace_share(c, stages, dense[c.name]) for c in clouds if c.name in dense}
         picture = reference_figures.across_rates(np.array([c.lr for c in own]), ends, predicted, dense, shares)
         runs = ", ".join(f"{len(whole_runs(found))} of {len(found['mean_hessian'])}" for found in dense.values())

@@ -166,14 +166,14 @@ class DiffusionSpec(StudySpec):
     def identity_of(self, role: str) -> dict[str, Any]:
         """What a stage and the stages before it read."""
         whole, out = self.identity(), {"study": self.study}
-        for stage in (*_before(role), role):
+        for stage in (*before(role), role):
             for key in READS[stage]:
                 block, _, inner = key.partition(".")
                 value = whole.get(block, {}).get(inner, {}) if inner else whole.get(block)
                 if value not in (None, {}):
                     out[key] = value
         numbers = self.numbers()
-        raised = {stage: numbers[stage] for stage in (*_before(role), role) if stage in numbers}
+        raised = {stage: numbers[stage] for stage in (*before(role), role) if stage in numbers}
         return {**out, "semantics": raised} if raised else out
 
     def numbers(self) -> dict[str, int]:
@@ -189,18 +189,18 @@ class DiffusionSpec(StudySpec):
         return self.count(self.runs, 4)
 
 
-def _before(stage: str) -> list[str]:
+def before(stage: str) -> list[str]:
     """All stages that ``stage`` continues, inputs first."""
     found: list[str] = []
     for name in INPUTS[stage]:
-        found += [n for n in (*_before(name), name) if n not in found]
+        found += [n for n in (*before(name), name) if n not in found]
     return found
 
 
 def wanted(cell: DiffusionSpec) -> list[str]:
     """The stages to run, inputs first."""
     if cell.stage != "all":
-        return [*_before(cell.stage), cell.stage]
+        return [*before(cell.stage), cell.stage]
     return [stage for stage in INPUTS if stage != "language" or cell.model.name in LANGUAGE]
 
 

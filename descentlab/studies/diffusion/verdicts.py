@@ -21,7 +21,8 @@ class Point:
     """theta*: gradient norm, extreme eigenvalues, how many of them are negative or zero, and how descent ended.
 
     ``rounding``: the gradient that rounding the weights to the study's dtype gives by itself; ``pull``: the strength of
-    the pull that is part of the loss here.
+    the pull that is part of the loss here; ``moved``: how far the polish has gone; ``points``: of how many
+    theta* of the study this is the first.
     """
 
     gradient: float
@@ -37,6 +38,8 @@ class Point:
     rates: tuple[float, ...]
     rounding: float = 0.0
     pull: float = 0.0
+    moved: float = 0.0
+    points: int = 1
 
     @property
     def critical(self) -> bool:
@@ -59,9 +62,10 @@ class Point:
                 "gradient that rounding the weights to dtype gives by itself",
             ),
             "pull": (self.pull, "strength of the pull towards where descent ended, in gradient and Hessian"),
+            "polish_moved": (self.moved, "distance of theta* from where descent ended"),
             "sharpness": (
                 self.lr * self.high / 2,
-                "learning rate of the descent x largest eigenvalue / 2; stable below 1",
+                "learning rate of the descent x largest eigenvalue (pull included) / 2; stable below 1",
             ),
             "period_two": (float(self.orbit), "1 where descent ended in an orbit of period two"),
             "critical": (
@@ -69,6 +73,8 @@ class Point:
                 f"1 where the gradient is below {self.limit:.3g} and there is no orbit",
             ),
         }
+        if self.polish:
+            values["polish_gradient"] = (self.polish[-1], "gradient norm at the end of the polish, in float64")
         return {f"diffusion/theta/{k}": plain_item(v, 1, text) for k, (v, text) in values.items()}
 
     def text(self) -> str:
@@ -117,6 +123,8 @@ def point_of(stages: Stages, results: ResultsLike) -> Point | None:
         tuple(rates),
         _rounding(found["hessian"], theta["theta"], str(settings["dtype"])),
         pull_of(blocks[0]),
+        float(np.linalg.norm(theta["theta"] - theta.get("gd_theta", theta["theta"]))),
+        len(blocks),
     )
 
 
@@ -128,13 +136,14 @@ def _rounding(hessian: np.ndarray, theta: np.ndarray, dtype: str) -> float:
 
 def point_verdict(point: Point) -> Verdict:
     """Whether theta* is a critical point, in one line."""
+    star = "theta*" if point.points == 1 else f"theta* (the first of {point.points})"
     of = f" of the loss with a pull of {point.pull:g} towards where descent ended" if point.pull else ""
     if point.critical:
         kind = "a minimum" if not point.flat else f"no direction falls, {point.flat} are flat to second order"
         kind = f"a saddle with {point.negative} falling directions" if point.negative else kind
-        return Verdict(f"theta* is a critical point{of}, {kind}: |gradient| = {point.gradient:.2g}", point.text())
+        return Verdict(f"{star} is a critical point{of}, {kind}: |gradient| = {point.gradient:.2g}", point.text())
     why = "descent goes round it in an orbit of period two" if point.orbit else f"|gradient| = {point.gradient:.2g}"
-    return Verdict(f"theta* is not a critical point{of}: {why}", point.text())
+    return Verdict(f"{star} is not a critical point{of}: {why}", point.text())
 
 
 def cloud_verdict(cloud: Cloud, found: Score, summary: Mapping[str, SummaryItem]) -> Verdict:
