@@ -47,7 +47,7 @@ def form(values: list[float]) -> tuple[Form, Any, np.ndarray]:
     return Form(a, b), work, np.linalg.solve(a, b)
 
 
-@pytest.mark.parametrize("method", ["lbfgs", "newton"])
+@pytest.mark.parametrize("method", ["lbfgs", "newton", "both"])
 def test_polish_ends_at_the_minimum_of_a_quadratic(method: str) -> None:
     """Curvatures over three decades. Breaks when a step has the wrong sign or length, or stops too early."""
     module, work, minimum = form([0.05, 0.3, 1.0, 40.0])

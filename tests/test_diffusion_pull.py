@@ -21,9 +21,9 @@ from descentlab.core.errors import UserError
 from descentlab.core.streams import Streams
 from descentlab.launch.build import workload
 from descentlab.report.figures import SINGLE, new_figure, plain_log_ticks
-from descentlab.studies.diffusion import contrasts, control, verdicts
+from descentlab.studies.diffusion import contrasts, control, program_polish, verdicts
 from descentlab.studies.diffusion.clouds import Stages, clouds_of
-from descentlab.studies.diffusion.program_curvature import set_weights
+from descentlab.studies.diffusion.program_curvature import dense_hessian, set_weights
 from descentlab.studies.diffusion.program_polish import polished
 from descentlab.studies.diffusion.program_pull import Pull
 from descentlab.studies.diffusion.program_theory import CloudAverages
@@ -33,7 +33,7 @@ from descentlab.theory.closure import gaussian_closure
 from descentlab.theory.diffusion import finite_time_covariance, mean_displacement
 
 GAMMA = 0.3
-WORDS = ("reference.gd.polish=lbfgs", "reference.gd.polish_steps=3000", f"reference.gd.localise={GAMMA}")
+WORDS = ("reference.gd.polish=both", "reference.gd.polish_steps=300", f"reference.gd.localise={GAMMA}")
 CLOSURE = ("theory.closure=gaussian", "theory.intervals=1", "theory.draws=1", "theory.hessians=1")
 
 
@@ -53,7 +53,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return study(tmp_path_factory.mktemp("pull") / "out", *WORDS, "theory.closure=linear")
 
 
-@pytest.mark.parametrize("method", ["lbfgs", "newton"])
+@pytest.mark.parametrize("method", ["lbfgs", "newton", "both"])
 def test_a_saddle_with_enough_pull_has_the_minimum_that_algebra_says(method: str) -> None:
     """(A + gamma) theta = b + gamma anchor, with a curvature of -0.5. Fails without the pull in gradient or Hessian."""
     module, work, _ = form([-0.5, 1.0, 3.0])
@@ -71,6 +71,7 @@ def test_every_stage_has_the_pull(done: Path) -> None:
     where = torch.from_numpy(theta).requires_grad_()
     (slope,), (bare,) = (torch.autograd.grad(f(where), where) for f in (plain.loss, Plain().loss))
     assert float(slope.norm()) < 1e-6 and float(bare.norm()) > 1e-3
+    assert at["polish_gradients"][-1] == pytest.approx(float(slope.norm()), rel=1e-3, abs=1e-12)
     found = arrays(blocks(done, "curvature")[0], "curvature.npz")
     exact = torch.autograd.functional.hessian(plain.loss, where.detach()).numpy()
     assert np.allclose(found["hessian"], exact, atol=1e-10) and np.allclose(
@@ -197,7 +198,7 @@ def test_rounding_is_allowed_for_twice(change: dict[str, Any], critical: bool) -
 
 
 def test_a_pull_without_a_polish_is_refused() -> None:
-    with pytest.raises(UserError, match=r"reference.gd.localise = 0.1.*lbfgs or newton"):
+    with pytest.raises(UserError, match=r"reference.gd.localise = 0.1.*lbfgs, newton or both"):
         resolve("diffusion", ["reference.gd.localise=0.1"])
 
 
@@ -212,6 +213,23 @@ def test_landscape_is_that_of_the_loss(done: Path) -> None:
     assert found["sharpness"] == pytest.approx(np.log(values[-1])) and found["negative share"] > 0.1
     loss = float(Plain().loss(torch.from_numpy(at["theta"])))
     assert found["test loss"] - found["generalisation gap"] == pytest.approx(loss)
+
+
+def test_newton_takes_over_where_lbfgs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty curvatures over three decades and too few iterations of L-BFGS; a quadratic has one Hessian. Fails when the
+    second does not start where the first ended, or makes a Hessian per step."""
+    made = []
+
+    def counted(*given: Any) -> np.ndarray:
+        made.append(1)
+        return dense_hessian(*given)
+
+    monkeypatch.setattr(program_polish, "dense_hessian", counted)
+    module, work, minimum = form(np.geomspace(1e-2, 10, 40).tolist())
+    reached = {m: polished(m, module, work, np.ones(40), 20, 1e-9, lambda done: None) for m in ("lbfgs", "both")}
+    (_, first), (theta, both) = reached["lbfgs"], reached["both"]
+    assert first[-1] > 1e-4 and both[: len(first)] == first and both[-1] <= 1e-9
+    assert np.allclose(theta, minimum, atol=1e-6) and len(both) > len(first) + 2 and len(made) == 1
 
 
 def test_a_polish_that_comes_nowhere_ends_with_finite_weights() -> None:

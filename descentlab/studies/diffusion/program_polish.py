@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .program_curvature import dense_hessian, pieces, set_weights
 from .program_pull import Pull
 
+KEPT = 0.1  # Newton goes on with its Hessian while a step lowers the gradient this far: a Hessian costs many gradients
+
 
 class Objective:
     """The loss of all training data with the pull, in float64."""
@@ -54,10 +56,13 @@ def polished(
 ) -> tuple[np.ndarray, list[float]]:
     """(weights, gradient norms on the way), of the loss with the ``pull``. ``lbfgs`` lowers the loss; ``newton`` lowers
     the gradient's norm (Levenberg-Marquardt), so it stops at the critical point next to the start, which may be a
-    saddle."""
+    saddle; ``both``: the one and then, from where it ends, the other, each with so many ``steps`` at most."""
     set_weights(module, theta)
-    make = _lbfgs if method == "lbfgs" else _newton
-    return make(Objective(module, work, pull or Pull()), steps, tolerance, advance)
+    objective, path = Objective(module, work, pull or Pull()), list[float]()
+    for make in {"lbfgs": (_lbfgs,), "newton": (_newton,), "both": (_lbfgs, _newton)}[method]:
+        theta, part = make(objective, steps, tolerance, advance)
+        path += part[1:] if path else part
+    return theta, path
 
 
 def _lbfgs(
@@ -117,8 +122,9 @@ def _newton(
         set_weights(objective.module, trial)
         slope = objective.slope()[1]
         if np.linalg.norm(slope) < path[-1]:
-            theta, gradient, matrix, damping = trial, slope, None, damping / 3
+            theta, gradient, damping = trial, slope, damping / 3
             path.append(float(np.linalg.norm(gradient)))
+            matrix = matrix if path[-1] < KEPT * path[-2] else None
         else:
             damping *= 4
             if damping > 1e6 * float(np.abs(values).max()):  # no step however short lowers the gradient

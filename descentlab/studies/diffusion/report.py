@@ -367,8 +367,8 @@ def _reference(
     if (gd.height or (point is not None and point.polish)) and not brief:
         polish, limit = (point.polish, point.limit) if point else ((), 0.0)
         caption = "How the gradient's norm falls on the way to theta*" + (
-            "; right: the polish in float64 (L-BFGS: every 20 iterations; Newton: every step taken), of the loss with "
-            "the pull where there is one."
+            "; right: the polish in float64 (L-BFGS: every 20 iterations; Newton: every step taken), of the loss "
+            "with the pull where there is one."
             if polish
             else "."
         )

@@ -78,8 +78,10 @@ class Polish(Spec):
     lr: PositiveFloat = 0.1
     steps: NonNegativeInt = Field(3000, description="full-batch updates")
     evaluations: PositiveInt = Field(50, description="evaluations on the test set, evenly spaced")
-    polish: Literal["none", "lbfgs", "newton"] = Field(
-        "none", description="afterwards: L-BFGS goes on downhill; newton goes to the nearest point without gradient"
+    polish: Literal["none", "lbfgs", "newton", "both"] = Field(
+        "none",
+        description="afterwards: L-BFGS goes on downhill; newton goes to the nearest point without gradient; both: one "
+        "after the other",
     )
     polish_steps: PositiveInt = Field(200, description="iterations of it at most")
     tolerance: PositiveFloat = Field(1e-6, description="largest gradient norm that still counts as critical")
@@ -234,7 +236,7 @@ def check(cell: DiffusionSpec) -> None:
         raise UserError("schedule", cell.schedule.name, "constant: predictions are for one learning rate")
     own = cell.reference.gd
     if own.localise and own.polish == "none":
-        expected = "0 beside reference.gd.polish = none; lbfgs or newton go to a critical point of loss and pull"
+        expected = "0 beside reference.gd.polish = none; lbfgs, newton or both go to a critical point of loss and pull"
         raise UserError("reference.gd.localise", own.localise, expected)
     if cell.observe.weights != "none" or cell.observe.extra:
         key = "observe.extra" if cell.observe.extra else "observe.weights"
