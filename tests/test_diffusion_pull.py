@@ -190,10 +190,18 @@ def test_what_rounding_gives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "critical"), [({"gradient": 1.5e-5}, True), ({"gradient": 1.7e-5}, False), ({"rounding": 0.0}, False)]
+    ("change", "critical"),
+    [
+        ({}, True),
+        ({"gradient": 1.7e-5}, False),
+        ({"rounding": 0.0}, False),
+        ({"polish": (1e-3, 2e-6)}, False),
+        ({"polish": ()}, False),
+    ],
 )
-def test_rounding_is_allowed_for_twice(change: dict[str, Any], critical: bool) -> None:
-    point = replace(POINT, gradient=1.5e-5, rounding=8e-6)
+def test_rounding_is_allowed_for_where_a_polish_came_far_enough(change: dict[str, Any], critical: bool) -> None:
+    """Fails when a point that no polish has found, or one that did not come below the tolerance, gains by rounding."""
+    point = replace(POINT, gradient=1.5e-5, rounding=8e-6, polish=(1e-3, 1e-7))
     assert replace(point, **change).critical == critical
 
 

@@ -169,10 +169,10 @@ class CloudAverages:
     def _gradients(self, theta: np.ndarray, part: slice) -> np.ndarray:
         """The gradient ``[R, D]`` of every sample of ``part`` at weights of its own ``[R, D]``."""
         params = dict(self.module.named_parameters())
-        pieces = np.split(theta, np.cumsum([p.numel() for p in params.values()])[:-1], axis=1)
+        cut = np.split(theta, np.cumsum([p.numel() for p in params.values()])[:-1], axis=1)
         stacked = {
             name: torch.from_numpy(np.ascontiguousarray(piece)).reshape(len(theta), *p.shape).to(self.x.device)
-            for (name, p), piece in zip(params.items(), pieces, strict=True)
+            for (name, p), piece in zip(params.items(), cut, strict=True)
         }
 
         def one(p: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:

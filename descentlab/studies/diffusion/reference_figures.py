@@ -61,9 +61,9 @@ def _binned(step: np.ndarray, values: np.ndarray, most: int = 400) -> tuple[np.n
     )
 
 
-def gradient_norms(gd: pl.DataFrame, polish: Sequence[float], limit: float = 0.0) -> Figure:
+def gradient_norms(gd: pl.DataFrame, polish: Sequence[float], tolerance: float = 0.0) -> Figure:
     """The gradient's norm during descent, both axes logarithmic, and beside it at the recorded points of the polish, if
-    there are some, with the largest norm that counts as none (``limit``)."""
+    there are some, with the norm it is to come below (``tolerance``)."""
     with styled():
         figure = new_figure(DOUBLE if len(polish) else SINGLE, 2.5)
         left, *rest = figure.subplots(1, 2 if len(polish) else 1, sharey=True, squeeze=False)[0]
@@ -75,8 +75,8 @@ def gradient_norms(gd: pl.DataFrame, polish: Sequence[float], limit: float = 0.0
         for ax in rest:
             ax.plot(polish, color=COLOURS[1], marker=".", markersize=3, linewidth=1)
             ax.set_xlabel("recorded point of the polish")
-            if limit:
-                ax.axhline(limit, color=GREY, linestyle=":", linewidth=0.9, label="counts as none below")
+            if tolerance:
+                ax.axhline(tolerance, color=GREY, linestyle=":", linewidth=0.9, label="tolerance")
                 ax.legend()
     return figure
 

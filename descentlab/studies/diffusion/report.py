@@ -365,14 +365,14 @@ def _reference(
     )
     gd = rows["gd"].filter(pl.col("grad_norm") > 0)
     if (gd.height or (point is not None and point.polish)) and not brief:
-        polish, limit = (point.polish, point.limit) if point else ((), 0.0)
+        polish, tolerance = (point.polish, point.tolerance) if point else ((), 0.0)
         caption = "How the gradient's norm falls on the way to theta*" + (
             "; right: the polish in float64 (L-BFGS: every 20 iterations; Newton: every step taken), of the loss "
             "with the pull where there is one."
             if polish
             else "."
         )
-        picture = reference_figures.gradient_norms(gd, polish, limit)
+        picture = reference_figures.gradient_norms(gd, polish, tolerance)
         blocks.append(FigureBlock("gradient-norm", picture, caption, "Gradient norm against step, log-log"))
     return Section("The point they start from", blocks)
 
@@ -390,8 +390,7 @@ def _curvature(stages: Stages, clouds: Sequence[Cloud], arrays: Mapping[str, Map
         blocks.append(FigureBlock("eigenvalues", reference_figures.tubes(dense), caption, "Eigenvalue tubes"))
     curvature = stages.named("curvature")
     if curvature:
-        found = stages.arrays(curvature[0])
-        found = without_pull(found, pull_of(curvature[0]))
+        found = without_pull(stages.arrays(curvature[0]), pull_of(curvature[0]))
         values, vectors, c, h = (found[k] for k in ("eigenvalues", "eigenvectors", "covariance", "hessian"))
         scale = float((h * c).sum() / (h * h).sum())
         cosine = float((h * c).sum() / np.sqrt((h * h).sum() * (c * c).sum()))
@@ -443,6 +442,7 @@ METHOD = (
     "Directions are the eigenvectors of H at theta*. One predicted below 1e-12 of the largest variance is flat: it is "
     "counted, not scored. Intervals: jackknife over 20 groups of runs. The floor is the relative error of a perfect "
     "prediction with this number of runs, and its range that of clouds drawn from the prediction.",
-    "theta* is called critical only where its gradient is below reference.gd.tolerance, or below twice what rounding "
-    "the weights gives by itself, and descent did not end in an orbit of period two.",
+    "theta* is called critical only where its gradient is below reference.gd.tolerance and descent did not end in an "
+    "orbit of period two. Where a polish in float64 has come below the tolerance, rounding its weights to the study's "
+    "dtype may give twice the gradient that is to be expected of it.",
 )

@@ -48,8 +48,10 @@ class Point:
 
     @property
     def limit(self) -> float:
-        """The largest gradient that still counts as none: what was asked for, or twice what rounding gives."""
-        return max(self.tolerance, 2 * self.rounding)
+        """The largest gradient that still counts as none: what was asked for, and twice what rounding gives where a
+        polish in float64 has come as far as asked."""
+        polished = bool(self.polish) and self.polish[-1] <= self.tolerance
+        return max(self.tolerance, 2 * self.rounding) if polished else self.tolerance
 
     def items(self) -> dict[str, SummaryItem]:
         """For summary.json."""
@@ -57,10 +59,7 @@ class Point:
             "gradient_norm": (self.gradient, "norm of the gradient of all training data at theta*"),
             "lambda_min": (self.low, "smallest eigenvalue of the Hessian of all training data, pull included"),
             "lambda_max": (self.high, "largest eigenvalue of the Hessian of all training data, pull included"),
-            "gradient_rounding": (
-                self.rounding,
-                "gradient that rounding the weights to dtype gives by itself",
-            ),
+            "gradient_rounding": (self.rounding, "gradient that rounding the weights to dtype gives by itself"),
             "pull": (self.pull, "strength of the pull towards where descent ended, in gradient and Hessian"),
             "polish_moved": (self.moved, "distance of theta* from where descent ended"),
             "sharpness": (
